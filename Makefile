@@ -1,0 +1,66 @@
+# Every command of the project. `make` alone lists them.
+#
+#   PYTHON   the interpreter that makes .venv            (default python3, needs 3.11 or later)
+#   JOBS     test processes                              (default 1)
+#   ARGS     more flags for the demo or for pytest       (e.g. make demo ARGS='--seed 1')
+
+PYTHON ?= python3
+JOBS   ?= 1
+ARGS   ?=
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   := $(BIN)/python scripts/train_ppo.py --out runs/demo
+PYTEST  = $(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) $(ARGS)
+PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+
+# One thread for tests: models are tiny, and sums in one order are the same sums everywhere. Tests never use the network.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-all lint types format clean
+
+help: ## list the commands
+	@printf '\n  \033[1mtextenv\033[0m  reinforcement learning on text\n\n'
+	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) \
+	  | awk -F '\t' '{ printf "  \033[36mmake %-9s\033[0m %s\n", $$1, $$2 }'
+	@printf '\n'
+
+demo: $(VENV)/.installed-train ## train the embedded storyteller with PPO and write runs/demo
+	$(DEMO) $(ARGS)
+
+test: lint types ## lint, types, and every test that is not slow (what CI runs)
+	$(TEST_ENV) $(PYTEST) -m "not slow"
+
+test-all: lint types ## lint, types, and every test
+	$(TEST_ENV) $(PYTEST)
+
+lint: $(VENV)/.installed-test ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test ## pyright
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-test ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, caches and builds (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find textenv agents scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One environment for everything. A stamp per extra: stale as soon as the requirements change, and the test extra
+# contains the train extra, so both share .venv without undoing each other.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "textenv needs Python 3.11 or later, $(PYTHON) is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.installed-train: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[train]'
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[test]'
+	@touch $@ $(VENV)/.installed-train

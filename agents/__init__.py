@@ -1,0 +1,1 @@
+"""Reinforcement learning agents for text: pure maths, a value-headed policy, samplers and PPO."""

@@ -1,0 +1,114 @@
+"""The settings of PPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+LrSchedule = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """Settings of `PPO`; an update is one rollout learnt from, a step one minibatch.
+
+    Temperature, stop tokens, response length and β are the environment's, and read there.
+
+    Raises:
+        ValueError: Naming the field, what was expected and what came.
+    """
+
+    batch_episodes: int = 64
+    """Episodes of a rollout."""
+    epochs: int = 2
+    """Passes over each rollout."""
+    minibatches: int = 4
+    """Optimizer steps of an epoch; divides the rollout by episodes."""
+    microbatch_episodes: int | None = None
+    """Episodes of one forward and backward; None: a whole minibatch. Changes memory, never the update."""
+    learning_rate: float = 6e-4
+    """Adam's step size for the language model."""
+    critic_learning_rate: float | None = None
+    """Adam's step size for the value head and a separate critic; None: `learning_rate`."""
+    lr_schedule: LrSchedule = "linear"
+    """How both fall from update to update, to 0 after `schedule_updates`."""
+    schedule_updates: int | None = None
+    """Length of the schedule; None: what the first `learn` is asked for."""
+    warmup_updates: int = 0
+    """Updates over which both rise linearly first."""
+    critic_warmup_updates: int = 0
+    """First updates in which the critic alone learns."""
+    adam_eps: float = 1e-5
+    """Adam's ε; PyTorch's 1e-8 makes the first steps several times too large."""
+    max_grad_norm: float | None = 1.0
+    """Bound of the gradient's norm, of the language model and of the critic apart."""
+    gamma: float = 1.0
+    """Discount."""
+    gae_lambda: float = 0.98
+    """λ of the advantages."""
+    clip_eps: float = 0.2
+    """Half-width of the trust region of the probability ratio."""
+    clip_eps_high: float | None = None
+    """Its upper half-width; None: `clip_eps`."""
+    dual_clip: float | None = None
+    """Bound c > 1 of the loss where the advantage is negative (Ye et al. 2020); None: none."""
+    value_clip_eps: float | None = 0.2
+    """Half-width of the value clip, in standard deviations of the returns; None: no clip."""
+    value_coef: float = 1.0
+    """Weight of the value loss, which is in units of the returns' variance."""
+    trunk_value_coef: float = 0.1
+    """Share of the value loss's gradient that reaches a shared trunk."""
+    value_stats_decay: float = 0.9
+    """Memory of the running mean and variance of the returns, per update."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    whiten_advantages: bool = True
+    """Advantages to mean 0 and variance 1 over the rollout."""
+    whiten_rewards: bool = False
+    """Rewards to variance 1 over the rollout, the mean kept; gives up the invariance to their scale."""
+    score_clip: float | None = None
+    """Scores are clipped to ±this before they are learnt from, in reward units; None: they are not."""
+    max_update_kl: float | None = None
+    """An update stops before the step at which KL(π_old‖π) per token exceeds this; None: it never does."""
+    eval_every: int = 0
+    """Updates between evaluations on the held-out prompts; 0: none."""
+    bf16: bool | None = None
+    """Autocast to bfloat16; None: on GPUs only."""
+    seed: int = 0
+    """Of prompts, samples and minibatches."""
+
+    def __post_init__(self) -> None:
+        """Check each field."""
+        for name in ("batch_episodes", "epochs", "minibatches"):
+            _at_least(name, getattr(self, name), 1)
+        for name in ("warmup_updates", "critic_warmup_updates", "eval_every", "seed"):
+            _at_least(name, getattr(self, name), 0)
+        for name in ("microbatch_episodes", "schedule_updates"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
+        if self.minibatches > self.batch_episodes:
+            raise ValueError(f"minibatches: expected at most batch_episodes={self.batch_episodes}, got {self.minibatches}")
+        for name in ("learning_rate", "clip_eps", "value_coef", "trunk_value_coef", "entropy_coef", "adam_eps"):
+            _number(name, getattr(self, name))
+        for name in ("critic_learning_rate", "clip_eps_high", "value_clip_eps", "max_grad_norm", "score_clip"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name))
+        if self.max_update_kl is not None:
+            _number("max_update_kl", self.max_update_kl)
+        for name in ("gamma", "gae_lambda", "value_stats_decay"):
+            _number(name, getattr(self, name), high=1.0)
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(f"dual_clip: expected a number > 1, got {self.dual_clip!r}")
+        if self.lr_schedule not in get_args(LrSchedule):
+            raise ValueError(f"lr_schedule: expected one of {', '.join(get_args(LrSchedule))}, got {self.lr_schedule!r}")
+
+
+def _at_least(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+
+
+def _number(name: str, value: object, high: float = float("inf")) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high or value == float("inf"):
+        bound = "" if high == float("inf") else f" and <= {high}"
+        raise ValueError(f"{name}: expected a finite number >= 0{bound}, got {value!r}")

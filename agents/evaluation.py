@@ -1,0 +1,94 @@
+"""What a policy writes on given prompts, and what it is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from agents.rollout import sample_responses
+from agents.sampling import Sampler, TransformersSampler
+from textenv.prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One response a prompt."""
+
+    prompts: list[str]
+    """As text."""
+    responses: list[str]
+    """As text."""
+    scores: list[float]
+    """What the reward function gave."""
+    kls: list[float]
+    """Σ_t log π − log π_ref of each response, in nats; zeros without a reference."""
+    lengths: list[int]
+    """Tokens of each response."""
+    finish_reasons: list[int]
+    """Of `FinishReason`."""
+
+    @property
+    def summary(self) -> dict[str, float]:
+        """`score_mean`, `score_sd`, `score_se`, `kl_mean`, `length_mean`, `distinct_2`."""
+        count = len(self.scores)
+        mean = sum(self.scores) / count
+        sd = math.sqrt(sum((score - mean) ** 2 for score in self.scores) / max(1, count - 1))
+        return {
+            "score_mean": mean,
+            "score_sd": sd,
+            "score_se": sd / math.sqrt(count),
+            "kl_mean": sum(self.kls) / count,
+            "length_mean": sum(self.lengths) / count,
+            "distinct_2": distinct_n(self.responses, 2),
+        }
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Share of the word n-grams of all texts together that differ (Li et al. 2016, §5).
+
+    Compare only corpora of the same size: the share falls as text grows.
+
+    >>> distinct_n(["a b a b", "a b"], 2)
+    0.5
+    """
+    grams = [gram for words in (text.lower().split() for text in texts) for gram in zip(*(words[i:] for i in range(n)))]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Any, envs: Any, prompts: Sequence[Prompt], *, sampler: Sampler | None = None, seed: int = 0
+) -> Evaluation:
+    """Sample one response a prompt and score it.
+
+    Args:
+        policy: A `ValueHeadLM`.
+        envs: A `TextEnv` or `TextVectorEnv`, wrapped or not; says how to sample and what it is worth.
+        prompts: Text or ids.
+        sampler: None: `TransformersSampler(policy)`.
+        seed: Of the samples; the same seed gives the same responses.
+    """
+    task = envs.unwrapped.task
+    ids = task.tokenize(prompts)
+    samples = sample_responses(sampler or TransformersSampler(policy), task, ids, seed)
+    # The sampler's own log-probs: these are the sampled policy's.
+    record = envs.unwrapped.replay(ids, samples.responses, samples.logprobs)
+    kls = torch.zeros(len(ids))
+    if task.reference is not None and record.logprobs is not None:
+        kls = torch.where(record.mask, record.logprobs - record.ref_logprobs, 0.0).sum(1)
+    if task.tokenizer is None:
+        texts = [str(row) for row in ids], [str(row) for row in samples.responses]
+    else:
+        texts = task.text_decoder(ids, samples.responses)
+    return Evaluation(
+        prompts=list(texts[0]),
+        responses=list(texts[1]),
+        scores=record.scores.tolist(),
+        kls=kls.tolist(),
+        lengths=record.response_lengths.tolist(),
+        finish_reasons=record.finish_reasons.tolist(),
+    )

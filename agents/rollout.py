@@ -1,0 +1,199 @@
+"""Rollouts: what a batch of episodes was, and how one is collected."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+from agents.policy import Evaluation, ValueHeadLM
+from agents.returns import discounted_returns
+from agents.sampling.base import Sampler, Samples
+from agents.value_scale import first_value_scale
+from textenv import kl
+from textenv.replay import replay
+from textenv.task import Task
+from textenv.types import ReplayRecord
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B episodes; T the longest response, L the longest prompt + response. `[B, T]` tensors are 0 where `mask` is false.
+
+    Recorded at sampling time, all of it: nothing here depends on the weights that learn from it.
+    """
+
+    ids: Tensor
+    """`[B, L]` int64: prompt, then response, right-padded."""
+    prompt_lengths: Tensor
+    """`[B]` int64."""
+    response_lengths: Tensor
+    """`[B]` int64."""
+    mask: Tensor
+    """`[B, T]` bool: true where a sampled token counts."""
+    rewards: Tensor
+    """`[B, T]`: what is learnt from: score, KL and penalties."""
+    old_logprobs: Tensor
+    """`[B, T]`: log π of the trainer's own forward, before the update."""
+    behavior_logprobs: Tensor
+    """`[B, T]`: log π as the sampler had it."""
+    ref_logprobs: Tensor
+    """`[B, T]`: log π_ref; zeros without a reference."""
+    entropy: Tensor
+    """`[B, T]`: entropy of π(·|s_t)."""
+    values: Tensor
+    """`[B, T]`: V(s_t), in reward units."""
+    bootstrap_values: Tensor
+    """`[B]`: V after the last token; read where `truncated`."""
+    scores: Tensor
+    """`[B]`: what the reward function gave."""
+    scored: Tensor
+    """`[B]` bool: whether it was paid."""
+    truncated: Tensor
+    """`[B]` bool."""
+    finish_reasons: Tensor
+    """`[B]` int8 of `FinishReason`."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall-clock time of `sample`, `evaluate` and `reward`."""
+
+    @property
+    def kl(self) -> Tensor:
+        """`[B, T]`: k_t = log π(a_t|s_t) − log π_ref(a_t|s_t)."""
+        return torch.where(self.mask, self.old_logprobs - self.ref_logprobs, torch.zeros_like(self.rewards))
+
+    def select(self, rows: Tensor) -> Rollout:
+        """Some of the episodes, without the padding that they do not need."""
+        parts = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "seconds"}
+        steps = int(parts["response_lengths"].max())
+        columns = int((parts["prompt_lengths"] + parts["response_lengths"]).max())
+        for name, tensor in parts.items():
+            if tensor.ndim == 2:
+                parts[name] = tensor[:, : columns if name == "ids" else steps]
+        return replace(self, **parts)
+
+
+def sample_responses(sampler: Sampler, task: Task, prompts: Sequence[Sequence[int]], seed: int) -> Samples:
+    """One response a prompt, at the environment's temperature, stop tokens and length."""
+    return sampler.sample(
+        prompts,
+        max_new_tokens=task.options.max_new_tokens,
+        stop_token_ids=task.stop_token_ids,
+        temperature=task.options.temperature,
+        seed=seed,
+    )
+
+
+@torch.no_grad()
+def collect(
+    policy: ValueHeadLM,
+    task: Task,
+    sampler: Sampler,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seed: int,
+    microbatch_episodes: int,
+    gamma: float = 1.0,
+    score_clip: float | None = None,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Rollout:
+    """Sample one episode a prompt and record all that learning needs.
+
+    Args:
+        policy: Its log-probs and values are recorded.
+        task: The environment's; pays the rewards.
+        sampler: Draws the responses from the same weights.
+        prompts: B prompts as token ids.
+        seed: Of the samples.
+        microbatch_episodes: Episodes of one forward.
+        gamma: Discount of the returns that first set the value scale.
+        score_clip: Bound of the scores that are learnt from.
+        autocast: Makes the context of each forward.
+    """
+    start = time.perf_counter()
+    with autocast():
+        samples = sample_responses(sampler, task, prompts, seed)
+    sampled = time.perf_counter()
+    lengths = torch.tensor([len(response) for response in samples.responses], device=task.device)
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=task.device)
+    rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, samples.responses, strict=True)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(task.device)
+    with autocast():
+        old = _evaluate(policy, task, ids, starts, lengths, microbatch_episodes)
+    evaluated = time.perf_counter()
+    record = replay(task, prompts, samples.responses, old.logprobs)
+    rewards = _rewards(task, record, old.logprobs, score_clip)
+    if policy.value_head.value_count == 0:
+        # u is known and V = σu + μ follows, so the first rollout can set the scale that its own values are read on.
+        first_value_scale(policy.value_head, discounted_returns(rewards, gamma), record.mask)
+    behavior = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in samples.logprobs], batch_first=True)
+    head = policy.value_head
+    return Rollout(
+        ids=record.ids,
+        prompt_lengths=starts,
+        response_lengths=lengths,
+        mask=record.mask,
+        rewards=rewards,
+        old_logprobs=old.logprobs,
+        behavior_logprobs=behavior.to(task.device),
+        ref_logprobs=record.ref_logprobs,
+        entropy=old.entropy,
+        values=torch.where(record.mask, head.denormalize(old.normalized_values), 0.0),
+        bootstrap_values=head.denormalize(old.bootstrap_values),
+        scores=record.scores,
+        scored=record.scored,
+        truncated=record.truncated,
+        finish_reasons=record.finish_reasons,
+        seconds={
+            "sample": sampled - start,
+            "evaluate": evaluated - sampled,
+            "reward": time.perf_counter() - evaluated,
+        },
+    )
+
+
+def _rewards(task: Task, record: ReplayRecord, logprobs: Tensor, score_clip: float | None) -> Tensor:
+    """The environment's rewards, the scores in them clipped, with the KL charged exactly once."""
+    rewards = record.rewards
+    if score_clip is not None:
+        paid = record.reward_parts["score"]
+        rewards = rewards - paid + paid.clamp(-score_clip, score_clip)
+    return kl.charge(
+        rewards,
+        logprobs,
+        record.ref_logprobs,
+        record.mask,
+        kl_coef=task.kl_coef,
+        kl_source=task.kl_source,
+        kl_credit=task.options.kl_credit,
+    )
+
+
+def _evaluate(
+    policy: ValueHeadLM, task: Task, ids: Tensor, starts: Tensor, lengths: Tensor, microbatch_episodes: int
+) -> Evaluation:
+    """`policy.evaluate` in microbatches; `bootstrap_values` come back normalised, as `normalized_values` do."""
+    truncates = task.options.length_end == "truncate"
+    parts = [
+        policy.evaluate(
+            ids[rows],
+            starts[rows],
+            lengths[rows],
+            temperature=task.options.temperature,
+            with_entropy=True,
+            with_bootstrap=truncates,
+        )
+        for rows in torch.arange(len(ids), device=ids.device).split(microbatch_episodes)
+    ]
+    steps = int(lengths.max())
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.cat([torch.nn.functional.pad(t, (0, steps - t.shape[1])) if t.ndim == 2 else t for t in tensors])
+
+    whole = Evaluation(*(join(tensors) for tensors in zip(*parts, strict=True)))
+    if not truncates:
+        return whole
+    return whole._replace(bootstrap_values=policy.value_head.normalize(whole.bootstrap_values))

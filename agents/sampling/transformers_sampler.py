@@ -1,0 +1,144 @@
+"""Sampling with the model at hand, on a key/value cache, with nothing between the logits and the draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.policy import ValueHeadLM
+from agents.sampling.base import Samples, check_request
+from textenv.models import backbone, context_length, logit_width, output_head, unwrap
+from textenv.row_cache import row_decoder
+from textenv.types import FinishReason
+
+_KEEP_FRACTION = 0.75
+
+
+class TransformersSampler:
+    """Draws from a live Hugging Face model; its weights are read anew at each call, its mode is left alone.
+
+    A row's draws depend on the seed and its place among the prompts alone: not on `max_batch`, nor on when other rows
+    end.
+    """
+
+    def __init__(self, policy: Any, *, max_batch: int | None = None) -> None:
+        """Sample from `policy`.
+
+        Args:
+            policy: A `ValueHeadLM`, a Hugging Face causal LM, a PEFT model around one, or a `Shared` one.
+            max_batch: Most rows decoded at once (None: all).
+
+        Raises:
+            ValueError: If `max_batch` is not positive.
+        """
+        if max_batch is not None and max_batch < 1:
+            raise ValueError(f"max_batch must be positive or None; got {max_batch}")
+        self._model = policy.lm if isinstance(policy, ValueHeadLM) else policy
+        self._max_batch = max_batch
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int],
+        temperature: float,
+        seed: int,
+    ) -> Samples:
+        """Draw one response per prompt; see `agents.sampling.base.Sampler.sample`.
+
+        Raises:
+            ValueError: If a prompt is empty, has unknown ids or leaves no room in the model's context, or if
+                `temperature`, `max_new_tokens` or `stop_token_ids` make no sense.
+        """
+        width = logit_width(self._model)
+        context = context_length(unwrap(self._model).config)
+        check_request(prompts, max_new_tokens, stop_token_ids, temperature, width, context)
+        device = next(backbone(self._model).parameters()).device
+        stops = torch.zeros(width, dtype=torch.bool, device=device)
+        stops[list(stop_token_ids)] = True
+        # All uniforms at once and row by row: whatever else happens, row i reads its own.
+        generator = torch.Generator(device).manual_seed(seed)
+        uniforms = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64, device=device, generator=generator)
+        size = self._max_batch or max(1, len(prompts))
+        parts = [
+            self._decode(prompts[first : first + size], uniforms[first : first + size], stops, temperature)
+            for first in range(0, len(prompts), size)
+        ]
+        rows = [row for part in parts for row in part]
+        return Samples([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
+
+    @torch.inference_mode()
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], uniforms: Tensor, stops: Tensor, temperature: float
+    ) -> list[tuple[list[int], list[float], FinishReason]]:
+        ids, lengths = _right_padded(prompts, stops.device)
+        count, steps = uniforms.shape
+        decoder = row_decoder(self._model, count, ids.shape[1] + steps)
+        head = output_head(self._model)
+        tokens = torch.zeros(steps, count, dtype=torch.long, device=stops.device)
+        logprobs = torch.zeros(steps, count, device=stops.device)
+        live = torch.arange(count, device=stops.device)  # which prompts the decoder's rows are
+        ended = torch.zeros(count, dtype=torch.bool, device=stops.device)  # of the decoder's rows
+        everyone = True
+        hidden = decoder.prefill(None, ids, lengths)
+        for step in range(steps):
+            chosen, chosen_logprobs = draw(head(hidden), uniforms[:, step], temperature)
+            if everyone:
+                tokens[step], logprobs[step] = chosen, chosen_logprobs
+            else:
+                tokens[step, live], logprobs[step, live] = chosen, chosen_logprobs
+            ended |= stops[chosen]
+            remaining = len(ended) - int(ended.sum())
+            if remaining == 0 or step == steps - 1:
+                break
+            if remaining <= _KEEP_FRACTION * len(ended):
+                keep = (~ended).nonzero().squeeze(1)
+                decoder.keep(keep)
+                live, uniforms, chosen, ended, everyone = live[keep], uniforms[keep], chosen[keep], ended[keep], False
+            hidden = decoder.advance(chosen)
+        return _cut(tokens, logprobs, stops)
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw one token per row by inverting the cumulative distribution, and its log-probability.
+
+    Args:
+        logits: `[B, V]` in any dtype.
+        uniforms: One float64 number in [0, 1) per row.
+        temperature: Positive.
+
+    Returns:
+        Tokens `[B]` int64 and their log-probs `[B]` float32.
+
+    Example:
+        >>> logits = torch.log(torch.tensor([[0.5, 0.0, 0.5], [0.2, 0.3, 0.5], [0.2, 0.3, 0.5]]))
+        >>> draw(logits, torch.tensor([0.5, 0.1999, 0.2001]).double(), 1.0)[0]
+        tensor([2, 0, 1])
+    """
+    probs = torch.softmax(logits.float() / temperature if temperature != 1.0 else logits.float(), dim=-1)
+    # Sums in float64: in float32 the error over a large vocabulary exceeds small probabilities.
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    # right=True: the first token whose sum exceeds u, so a token of probability 0 is never drawn, not even at u = 0.
+    chosen = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)
+    chosen = chosen.clamp_(max=logits.shape[-1] - 1)
+    # The log of a float32 softmax: what is drawn has a probability far from underflow.
+    return chosen.squeeze(1), probs.gather(1, chosen).log_().squeeze(1)
+
+
+def _right_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+    return ids, torch.tensor([len(prompt) for prompt in prompts])
+
+
+def _cut(tokens: Tensor, logprobs: Tensor, stops: Tensor) -> list[tuple[list[int], list[float], FinishReason]]:
+    """Cut each row after its first stop token; `tokens` and `logprobs` are `[T, B]`."""
+    is_stop = stops[tokens]
+    lengths = torch.where(is_stop.any(0), is_stop.int().argmax(0) + 1, len(tokens)).tolist()
+    stopped = is_stop.any(0).tolist()
+    rows = zip(tokens.T.tolist(), logprobs.T.tolist(), lengths, stopped, strict=True)
+    return [(t[:n], p[:n], FinishReason.STOP if stop else FinishReason.LENGTH) for t, p, n, stop in rows]

@@ -1,0 +1,175 @@
+"""Whole recorded responses through the MDP in one batched pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from textenv import dynamics, kl
+from textenv.prompts import Prompt
+from textenv.task import Task
+from textenv.types import FinishReason, ReplayRecord
+
+
+@torch.no_grad()
+def replay(
+    task: Task,
+    prompts: Sequence[Prompt],
+    responses: Sequence[Sequence[int]],
+    logprobs: Sequence[Sequence[float]] | Tensor | None = None,
+    *,
+    aborted: Sequence[bool] | None = None,
+) -> ReplayRecord:
+    """What `step` would have paid for these responses, under the same `kl_source`.
+
+    `agent`: the score part. `policy`: the full reward, from the given `logprobs` or by asking the live policy.
+    `reference`: the score part + β·log π_ref.
+
+    Args:
+        task: The loaded task.
+        prompts: B prompts, text or ids.
+        responses: B responses as token ids, a stop token included.
+        logprobs: log π of the response tokens, ragged or `[B, T]`; optional.
+        aborted: `[B]`, true where something outside the MDP cut the response: unscored, truncated.
+
+    Returns:
+        The record; `task` is as it was.
+
+    Raises:
+        ValueError: Naming the row, if a response is empty, goes on after its first stop token, is too long, holds an
+            id outside the vocabulary, or ends before either end without being aborted.
+    """
+    prompt_ids = task.tokenize(prompts)
+    if len(responses) != len(prompt_ids):
+        raise ValueError(f"responses: expected {len(prompt_ids)}, one a prompt, got {len(responses)}")
+    cut = [False] * len(responses) if aborted is None else [bool(flag) for flag in aborted]
+    if len(cut) != len(responses):
+        raise ValueError(f"aborted: expected {len(responses)} flags, one a response, got {len(cut)}")
+    response_ids = [_check_response(task, row, response) for row, response in enumerate(responses)]
+    device = task.device
+    prompt_lengths = torch.tensor([len(p) for p in prompt_ids], device=device)
+    response_lengths = torch.tensor([len(r) for r in response_ids], device=device)
+    steps = torch.arange(int(response_lengths.max()), device=device)
+    mask = steps < response_lengths[:, None]
+    tokens = _pad(response_ids, 0, device)
+    ids = _pad([p + r for p, r in zip(prompt_ids, response_ids, strict=True)], task.pad_token_id, device)
+    reasons = _finish_reasons(task, tokens, mask, response_lengths, cut)
+    given = None if logprobs is None else _given_logprobs(logprobs, response_lengths, device)
+    ref = torch.zeros(mask.shape, device=device)
+    if task.reference is not None:
+        ref = task.reference.logprobs(ids, prompt_lengths, response_lengths)
+        if task.kl_source == "policy" and given is None:
+            given = _ask_policy(task, ids, prompt_lengths, response_lengths)
+    terminated, truncated = dynamics.endings(reasons, length_end=task.options.length_end)
+    paid, scores = _scores(task, prompt_ids, response_ids, mask, terminated)
+    last = steps == (response_lengths - 1)[:, None]
+    penalty = -task.options.missing_eos_penalty * (last & (reasons == FinishReason.LENGTH)[:, None]).float()
+    charges = kl.token_charges(given, ref, kl_coef=task.kl_coef if task.reference else 0.0, kl_source=task.kl_source)
+    charges = kl.credit(charges, mask, task.options.kl_credit)
+    return ReplayRecord(
+        ids=ids,
+        prompt_lengths=prompt_lengths,
+        response_lengths=response_lengths,
+        mask=mask,
+        rewards=paid + charges + penalty,
+        reward_parts={"score": paid, "kl": charges, "missing_eos": penalty},
+        ref_logprobs=ref,
+        logprobs=given,
+        scores=scores,
+        scored=terminated,
+        finish_reasons=reasons,
+        terminated=terminated,
+        truncated=truncated,
+    )
+
+
+def _check_response(task: Task, row: int, response: Sequence[int]) -> list[int]:
+    ids = [int(token) for token in response]
+    if not ids:
+        raise ValueError(f"responses: expected at least one token, got an empty response in row {row}")
+    if len(ids) > task.options.max_new_tokens:
+        raise ValueError(
+            f"responses: expected at most max_new_tokens={task.options.max_new_tokens} tokens, got {len(ids)} in row {row}"
+        )
+    if min(ids) < 0 or max(ids) >= task.vocab_size:
+        raise ValueError(f"responses: expected ids in [0, {task.vocab_size}), got {ids} in row {row}")
+    return ids
+
+
+def _finish_reasons(task: Task, tokens: Tensor, mask: Tensor, lengths: Tensor, aborted: Sequence[bool]) -> Tensor:
+    """Every token through the MDP's one ending rule; only the last of a row may end it, and must."""
+    grid = dynamics.finish_reasons(
+        tokens,
+        torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand_as(tokens),
+        stop_token_ids=task.stop_tensor,
+        max_new_tokens=task.options.max_new_tokens,
+    )
+    ends = mask & (grid != FinishReason.NONE)
+    early = ends & ~(torch.arange(tokens.shape[1], device=tokens.device) == (lengths - 1)[:, None])
+    if early.any():
+        row = int(early.any(1).nonzero()[0])
+        place = int(early[row].nonzero()[0])
+        raise ValueError(
+            f"responses: expected the first stop token to be the last token, got {int(tokens[row, place])} at position "
+            f"{place} of {int(lengths[row])} in row {row}"
+        )
+    reasons = grid.gather(1, (lengths - 1)[:, None])[:, 0]
+    cut = torch.tensor(aborted, device=tokens.device)
+    unfinished = (reasons == FinishReason.NONE) & ~cut
+    if unfinished.any():
+        row = int(unfinished.nonzero()[0])
+        raise ValueError(
+            f"responses: expected a stop token or max_new_tokens={task.options.max_new_tokens} tokens at the end, got "
+            f"{int(lengths[row])} tokens without a stop in row {row}; aborted= marks responses that were cut"
+        )
+    return torch.where(cut, int(FinishReason.ABORTED), reasons).to(torch.int8)
+
+
+def _given_logprobs(logprobs: Sequence[Sequence[float]] | Tensor, lengths: Tensor, device: torch.device) -> Tensor:
+    expected = lengths.tolist()
+    if isinstance(logprobs, Tensor):
+        if tuple(logprobs.shape) != (len(expected), max(expected)):
+            raise ValueError(f"logprobs: expected shape {(len(expected), max(expected))}, got {tuple(logprobs.shape)}")
+        rows = [row[:length] for row, length in zip(logprobs.float(), expected, strict=True)]
+    else:
+        rows = [torch.as_tensor(row, dtype=torch.float32) for row in logprobs]
+        if [len(row) for row in rows] != expected:
+            raise ValueError(f"logprobs: expected one per response token, {expected}, got {[len(row) for row in rows]}")
+    for row, values in enumerate(rows):
+        if not torch.isfinite(values).all():
+            raise ValueError(f"logprobs: expected finite numbers, got {values.tolist()} in row {row}")
+    return torch.nn.utils.rnn.pad_sequence([row.to(device) for row in rows], batch_first=True)
+
+
+def _ask_policy(task: Task, ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> Tensor:
+    """The live policy speaks of one state at a time, so it is asked once per position, as in stepping."""
+    result = torch.zeros(len(ids), int(response_lengths.max()), device=ids.device)
+    for step in range(result.shape[1]):
+        rows = (response_lengths > step).nonzero()[:, 0]
+        lengths = prompt_lengths[rows] + step
+        result[rows, step] = task.policy_logprobs(ids[rows], lengths, ids[rows, lengths])
+    return result
+
+
+def _scores(
+    task: Task, prompts: list[list[int]], responses: list[list[int]], mask: Tensor, scored: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the reward function pays each token, `[B, T]`, and its score of each response, `[B]`."""
+    paid, scores = torch.zeros(mask.shape, device=mask.device), torch.zeros(len(mask), device=mask.device)
+    if task.reward.per_token:
+        values = task.reward.token_values(prompts, responses)
+        rows = [torch.as_tensor(value, device=mask.device) for value in values]
+        paid = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        return paid, torch.where(scored, paid.sum(1), scores)
+    rows = scored.nonzero()[:, 0].tolist()
+    values = task.reward.scores([prompts[row] for row in rows], [responses[row] for row in rows])
+    scores[scored] = torch.as_tensor(values, device=mask.device)
+    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    return torch.where(last, scores[:, None], paid), scores
+
+
+def _pad(rows: list[list[int]], value: int, device: torch.device) -> Tensor:
+    tensors = [torch.tensor(row) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value).to(device)

@@ -1,0 +1,79 @@
+"""A reward model: a sequence classifier with one label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from textenv.models import load_classifier
+
+
+class ClassifierReward:
+    """score(x, y) = w·h_last + b of a sequence classifier that reads prompt and response as one text.
+
+    The text is encoded with the classifier's own tokenizer, which need not be the policy's. The backbone and the head
+    are run here and the hidden state is taken at length − 1: transformers takes the last id that is not PAD, which is
+    another one when EOS = PAD. `reward_bias` in the model's config (0 where absent) is added; it centres the scores.
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_tokens: int = 16_384,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Load a reward model.
+
+        Args:
+            source: Folder or hub name of a sequence classifier with one label; safetensors only.
+            device: Where it runs.
+            dtype: Its floating-point type; the head is float32.
+            batch_tokens: How many padded tokens one forward may hold.
+            trust_remote_code: Whether the folder may bring Python code.
+
+        Raises:
+            ValueError: If the folder is unknown or holds something else.
+        """
+        self.source = source
+        self.batch_tokens = batch_tokens
+        self.model, self.tokenizer = load_classifier(
+            source, argument="reward", device=device, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+        self.bias = float(getattr(self.model.config, "reward_bias", 0.0))
+        self.context = getattr(self.model.config, "max_position_embeddings", None)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """Scores `[n]` of prompt + response."""
+        rows = self.tokenizer([p + r for p, r in zip(prompts, responses, strict=True)])["input_ids"]
+        for row, ids in enumerate(rows):
+            if not ids or (self.context is not None and len(ids) > self.context):
+                raise ValueError(f"expected 1 to {self.context} tokens for the reward model, got {len(ids)} in text {row}")
+        return self.score_ids(rows)
+
+    @torch.no_grad()
+    def score_ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Scores `[n]` of token-id rows, in batches of similar lengths."""
+        scores = torch.empty(len(rows))
+        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+        while order:
+            width = len(rows[order[-1]])
+            batch = order[-max(1, self.batch_tokens // width) :]
+            del order[-len(batch) :]
+            scores[batch] = self._forward([rows[row] for row in batch]).cpu()
+        return scores
+
+    def _forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        device = self.model.device
+        lengths = torch.tensor([len(ids) for ids in rows], device=device)
+        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True).to(device)
+        mask = torch.arange(padded.shape[1], device=device) < lengths[:, None]
+        backbone = getattr(self.model, self.model.base_model_prefix)
+        hidden = backbone(input_ids=padded, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        last = hidden[torch.arange(len(rows), device=device), lengths - 1]
+        return torch.nn.functional.linear(last.float(), self.model.score.weight.float()).squeeze(-1) + self.bias

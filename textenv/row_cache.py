@@ -1,0 +1,356 @@
+"""Token-by-token forwards on a key/value cache whose rows start, grow and restart independently."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from textenv.models import Shared, backbone, hidden_states, unwrap
+
+
+class Decoder(Protocol):
+    """What `RowDecoder` and `RecomputeDecoder` have in common."""
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens each row holds: `[rows]` int64."""
+        ...
+
+    def prefill(self, rows: Tensor | None, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Forget some rows and read new tokens into them; the hidden state of each one's last token `[n, H]`."""
+        ...
+
+    def advance(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Append one token to some rows; the final hidden state at it `[n, H]`."""
+        ...
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but these, which become rows 0, 1, ..."""
+        ...
+
+
+def row_decoder(model: Any, rows: int, columns: int) -> Decoder:
+    """The fastest exact decoder for a model: `RowDecoder`, or `RecomputeDecoder` where its cache would be wrong.
+
+    A cache of plain keys and values serves full attention. State-space layers, models that take no position ids, and
+    sliding or chunked attention shorter than `columns` are recomputed.
+
+    Args:
+        model: A Hugging Face causal LM, or a `Shared` one, whose `within` is entered in every forward.
+        rows: Number of rows.
+        columns: Most tokens that a row will hold.
+    """
+    if _plain_attention(model, columns):
+        return RowDecoder(model, rows, columns)
+    return RecomputeDecoder(model, rows, columns)
+
+
+def _plain_attention(model: Any, columns: int) -> bool:
+    accepted = inspect.signature(backbone(model).forward).parameters
+    if "past_key_values" not in accepted or "position_ids" not in accepted:
+        return False
+    config = unwrap(model).config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    # Older families (GPT-Neo) name local layers in their own way: anything unusual is recomputed, and stays exact.
+    unusual = kinds - {"full_attention", "sliding_attention"} or getattr(config, "attention_types", None)
+    return not unusual and all(not window or window >= columns for window in windows)
+
+
+class _Plan:
+    """Where the current forward writes, set by the decoder and read by every layer."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None  # None: all rows, in order
+        self.start = 0  # the shared write position, where there is one
+        self.positions: Tensor | None = None  # one write position per row, where they differ
+        self.width = 0  # columns that attention looks at
+
+
+class _RowLayer(CacheLayerMixin):
+    """Keys and values of one layer: `[rows, heads, columns, dim]`, rows left-aligned."""
+
+    is_sliding = False
+
+    def __init__(self, plan: _Plan, rows: int, columns: int) -> None:
+        super().__init__()
+        self.plan, self.rows, self.columns = plan, rows, columns
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        def empty(like: Tensor) -> Tensor:
+            # Zeros: a masked cell still multiplies its value by 0, and 0 times garbage may be NaN.
+            return like.new_zeros(self.rows, like.shape[1], self.columns, like.shape[3])
+
+        self.keys, self.values = empty(key_states), empty(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        plan = self.plan
+        return self._write(self.keys, key_states, plan), self._write(self.values, value_states, plan)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _write(store: Tensor, new: Tensor, plan: _Plan) -> Tensor:
+        rows, count = plan.rows, new.shape[2]
+        if plan.positions is not None:
+            index = torch.arange(len(new), device=new.device) if rows is None else rows
+            store[index, :, plan.positions] = new[:, :, 0]
+        elif rows is None:
+            store[:, :, plan.start : plan.start + count] = new
+        else:
+            store[rows, :, plan.start : plan.start + count] = new
+        if plan.start == 0 and plan.width == count and plan.positions is None:
+            return new  # a prefill attends to what it brings
+        return store[:, :, : plan.width] if rows is None else store[:, :, : plan.width].index_select(0, rows)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.plan.width, 0
+
+    def get_seq_length(self) -> int:
+        return self.plan.start
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def grow(self, columns: int) -> None:
+        if self.is_initialized:
+            old = self.keys, self.values
+            self.columns = columns
+            self.lazy_initialization(*old)  # type: ignore[arg-type]
+            self.keys[:, :, : old[0].shape[2]] = old[0]  # type: ignore[index]
+            self.values[:, :, : old[1].shape[2]] = old[1]  # type: ignore[index]
+        self.columns = columns
+
+    def keep(self, rows: Tensor) -> None:
+        self.rows = len(rows)
+        if self.is_initialized:
+            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)  # type: ignore[union-attr]
+
+
+class RowDecoder:
+    """One-token forwards on keys and values kept per row, each row with its own length.
+
+    While all rows have the same length a step writes one slice, needs no mask and has one position for all; otherwise
+    each row writes at its own place and a 2D mask hides what lies beyond it. No gradients. The model's weights must
+    not change between a `prefill` and the `advance`s that build on it.
+    """
+
+    def __init__(self, model: Any, rows: int, columns: int) -> None:
+        """Make room for `rows` rows of `columns` tokens (it grows when a row gets longer).
+
+        Args:
+            model: A Hugging Face causal LM, or a `Shared` one.
+            rows: Number of rows.
+            columns: Tokens per row to make room for.
+        """
+        _check_size(rows, columns)
+        self._shared = model if isinstance(model, Shared) else Shared(model)
+        self._backbone = backbone(model)
+        self._device = next(self._backbone.parameters()).device
+        self._plan = _Plan()
+        count = unwrap(model).config.get_text_config().num_hidden_layers
+        self._layers = [_RowLayer(self._plan, rows, columns) for _ in range(count)]
+        self._cache = Cache(layers=list(self._layers))
+        self._lengths = np.zeros(rows, dtype=np.int64)  # on the host: choosing the path must not wait for the device
+        self._columns = columns
+        self._position_ids = torch.arange(columns, device=self._device)
+        self._checkpointing = [m for m in self._backbone.modules() if _can_checkpoint(m)]
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens each row holds: `[rows]` int64 on the model's device."""
+        return torch.from_numpy(self._lengths.copy()).to(self._device)
+
+    @torch.no_grad()
+    def prefill(self, rows: Tensor | None, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Forget some rows and read new tokens into them.
+
+        Args:
+            rows: Distinct row numbers `[n]`, None for all.
+            ids: Token ids `[n, P]`, right-padded with any legal id.
+            lengths: How many of them count, `[n]`; 0 leaves an empty row.
+
+        Returns:
+            Final hidden state at each row's last token `[n, H]`; of no meaning for a row of length 0. Callers that keep
+            the last token back for `advance` ignore it.
+
+        Raises:
+            ValueError: If shapes or lengths do not fit.
+        """
+        index, counts = _check_prefill(rows, ids, lengths, len(self._lengths))
+        width = int(counts.max(initial=0))
+        self._lengths[index] = counts
+        if width == 0:
+            return torch.zeros(len(ids), self._hidden_size, dtype=self._backbone.dtype, device=self._device)
+        self._reserve(width)
+        plan = self._plan
+        plan.rows = None if rows is None else rows.to(self._device)
+        plan.start, plan.positions, plan.width = 0, None, width
+        hidden = self._forward(ids[:, :width].to(self._device), None, self._position_ids[None, :width])
+        if (counts == width).all():
+            return hidden[:, -1]
+        last = torch.from_numpy(np.maximum(counts - 1, 0)).to(self._device)
+        return hidden[torch.arange(len(last), device=self._device), last]
+
+    @torch.no_grad()
+    def advance(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Append one token to some rows.
+
+        Args:
+            tokens: Token ids `[n]`.
+            rows: Distinct row numbers `[n]`, None for all rows in order.
+
+        Returns:
+            Final hidden state at the new tokens `[n, H]`.
+
+        Raises:
+            ValueError: If `tokens` and `rows` do not fit.
+        """
+        index = slice(None) if rows is None else rows.cpu().numpy()
+        old = self._lengths[index]
+        if tokens.shape != old.shape:
+            raise ValueError(f"tokens must be one per row, {len(old)} in all; got shape {tuple(tokens.shape)}")
+        longest = int(old.max())
+        self._reserve(longest + 1)
+        plan = self._plan
+        plan.rows = None if rows is None else rows.to(self._device)
+        plan.start, plan.width = longest, longest + 1
+        if int(old.min()) == longest:
+            plan.positions, mask = None, None
+            position_ids = self._position_ids[None, longest : longest + 1]
+        else:
+            plan.positions = torch.from_numpy(old.copy()).to(self._device)
+            position_ids = plan.positions[:, None]
+            mask = self._position_ids[None, : longest + 1] <= position_ids
+        hidden = self._forward(tokens[:, None].to(self._device), mask, position_ids)
+        self._lengths[index] += 1
+        return hidden[:, 0]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but `rows`, which become rows 0, 1, ..."""
+        index = rows.to(self._device)
+        for layer in self._layers:
+            layer.keep(index)
+        self._lengths = self._lengths[rows.cpu().numpy()]
+
+    @property
+    def _hidden_size(self) -> int:
+        return unwrap(self._shared).config.get_text_config().hidden_size
+
+    def _forward(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor) -> Tensor:
+        with self._shared.scope(), _checkpointing_off(self._checkpointing):
+            return self._backbone(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state
+
+    def _reserve(self, columns: int) -> None:
+        if columns <= self._columns:
+            return
+        if not _plain_attention(self._shared, columns):
+            raise ValueError(f"columns: this model's attention window is shorter than {columns}; use row_decoder(...)")
+        self._columns = max(columns, 2 * self._columns)
+        self._position_ids = torch.arange(self._columns, device=self._device)
+        for layer in self._layers:
+            layer.grow(self._columns)
+
+
+class RecomputeDecoder:
+    """The same interface without a cache: the whole rows are forwarded at each step. Slow, and right for any model."""
+
+    def __init__(self, model: Any, rows: int, columns: int) -> None:
+        """Make room for `rows` rows of `columns` tokens (it grows when a row gets longer)."""
+        _check_size(rows, columns)
+        self._model = model
+        self._checkpointing = [m for m in backbone(model).modules() if _can_checkpoint(m)]
+        self._device = next(backbone(model).parameters()).device
+        self._ids = torch.zeros(rows, columns, dtype=torch.long, device=self._device)
+        self._lengths = np.zeros(rows, dtype=np.int64)
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens each row holds: `[rows]` int64 on the model's device."""
+        return torch.from_numpy(self._lengths.copy()).to(self._device)
+
+    def prefill(self, rows: Tensor | None, ids: Tensor, lengths: Tensor) -> Tensor:
+        """Forget some rows and read new tokens into them; see `RowDecoder.prefill`."""
+        index, counts = _check_prefill(rows, ids, lengths, len(self._lengths))
+        self._reserve(ids.shape[1])
+        self._lengths[index] = counts
+        self._ids[index, : ids.shape[1]] = ids.to(self._device)
+        return self._hidden(index)
+
+    def advance(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Append one token to some rows; see `RowDecoder.advance`."""
+        index = np.arange(len(self._lengths)) if rows is None else rows.cpu().numpy()
+        if tokens.shape != index.shape:
+            raise ValueError(f"tokens must be one per row, {len(index)} in all; got shape {tuple(tokens.shape)}")
+        self._reserve(int(self._lengths[index].max()) + 1)
+        self._ids[index, self._lengths[index]] = tokens.to(self._device)
+        self._lengths[index] += 1
+        return self._hidden(index)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all rows but `rows`, which become rows 0, 1, ..."""
+        index = rows.cpu().numpy()
+        self._ids, self._lengths = self._ids[index], self._lengths[index]
+
+    @torch.no_grad()
+    def _hidden(self, index: np.ndarray) -> Tensor:
+        counts = self._lengths[index]
+        ids = self._ids[index, : max(1, int(counts.max()))]
+        with _checkpointing_off(self._checkpointing):
+            hidden = hidden_states(self._model, ids)
+        last = torch.from_numpy(np.maximum(counts - 1, 0)).to(self._device)
+        return hidden[torch.arange(len(last), device=self._device), last]
+
+    def _reserve(self, columns: int) -> None:
+        if columns > self._ids.shape[1]:
+            more = self._ids.new_zeros(len(self._ids), max(columns, 2 * self._ids.shape[1]) - self._ids.shape[1])
+            self._ids = torch.cat([self._ids, more], dim=1)
+
+
+def _can_checkpoint(module: torch.nn.Module) -> bool:
+    """Whether a module has transformers' gradient-checkpointing switch."""
+    return isinstance(getattr(module, "gradient_checkpointing", None), bool)
+
+
+@contextmanager
+def _checkpointing_off(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Switch gradient checkpointing off for a while: in train mode transformers would silently drop the cache."""
+    active = [module for module in modules if module.gradient_checkpointing]
+    for module in active:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in active:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _check_size(rows: int, columns: int) -> None:
+    if rows < 1 or columns < 1:
+        raise ValueError(f"rows and columns must be positive; got {rows} and {columns}")
+
+
+def _check_prefill(rows: Tensor | None, ids: Tensor, lengths: Tensor, total: int) -> tuple[np.ndarray, np.ndarray]:
+    index = np.arange(total) if rows is None else rows.cpu().numpy()
+    counts = lengths.cpu().numpy()
+    if ids.ndim != 2 or len(ids) != len(index) or counts.shape != index.shape:
+        raise ValueError(
+            f"ids must be [n, P] and lengths [n] with n = {len(index)} rows; got {tuple(ids.shape)} and {counts.shape}"
+        )
+    if len(counts) and (counts.min() < 0 or counts.max() > ids.shape[1]):
+        raise ValueError(f"lengths must be between 0 and {ids.shape[1]}; got {counts.min()} to {counts.max()}")
+    return index, counts

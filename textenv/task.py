@@ -1,0 +1,172 @@
+"""A task: the options with everything loaded. One task serves any number of rows and of replays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from textenv import embedded, models
+from textenv.kl import KLSource, as_controller
+from textenv.models import Shared
+from textenv.options import EnvOptions
+from textenv.prompts import Prompt, read_prompts, tokenize_prompts
+from textenv.reference import Reference
+from textenv.rewards.base import Reward, TextDecoder, as_reward
+from textenv.rewards.classifier import ClassifierReward
+
+
+class Task:
+    """What all rows share: models, tokenizer, prompts, limits and β.
+
+    Loading order is cheap to dear, so that a bad argument is told before a model is read.
+    """
+
+    def __init__(self, options: EnvOptions) -> None:
+        """Load what the options name.
+
+        Raises:
+            ValueError: Naming the argument, what was expected and what came.
+        """
+        self.options = options
+        self.device = options.torch_device
+        self.controller = as_controller(options.kl_coef)
+        self.policy = options.policy
+        self.kl_source: KLSource = options.kl_source or ("agent" if options.policy is None else "policy")
+        source = options.reference if options.reference is not None else embedded.STORYTELLER
+        config = models.load_config(source, argument="reference", trust_remote_code=options.trust_remote_code)
+        self.vocab_size = models.logit_width(source.module if isinstance(source, Shared) else config)
+        self.tokenizer = _tokenizer(options, source)
+        if self.tokenizer is not None:
+            models.check_tokenizer_fits(self.tokenizer, self.vocab_size)
+        self.stop_token_ids = _stop_token_ids(options, self.tokenizer, self.vocab_size)
+        self.stop_tensor = torch.tensor(self.stop_token_ids, dtype=torch.int64, device=self.device)
+        self.prompts = tokenize_prompts(
+            read_prompts(options.prompts if options.prompts is not None else embedded.PROMPTS),
+            self.tokenizer,
+            vocab_size=self.vocab_size,
+            max_prompt_tokens=options.max_prompt_tokens,
+            overflow=options.prompt_overflow,
+        )
+        self.max_prompt_tokens = options.max_prompt_tokens or max(map(len, self.prompts))
+        self.columns = self.max_prompt_tokens + options.max_new_tokens
+        _check_context(self.max_prompt_tokens, options.max_new_tokens, models.context_length(config))
+        self.reward = self._load_reward()
+        self.reference = self._load_reference(source) if self.needs_reference else None
+
+    @property
+    def kl_coef(self) -> float:
+        """β now."""
+        return float(self.controller.value)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any KL can be asked for: β is fixed at 0 or it is not."""
+        return not (isinstance(self.options.kl_coef, int | float) and self.options.kl_coef == 0)
+
+    @cached_property
+    def pad_token_id(self) -> int:
+        """What fills a row past its end; it carries no meaning."""
+        pad = None if self.tokenizer is None else self.tokenizer.pad_token_id
+        return 0 if pad is None or not 0 <= pad < self.vocab_size else pad
+
+    @cached_property
+    def text_decoder(self) -> TextDecoder:
+        """How prompts and responses read."""
+        if self.tokenizer is None:
+            raise ValueError("tokenizer: expected one, because text was asked for, got None")
+        return TextDecoder(self.tokenizer, frozenset(self.stop_token_ids))
+
+    def attach(self, policy: Callable[..., Tensor]) -> None:
+        """Ask this live policy for log π from now on (`kl_source="policy"`)."""
+        if self.options.kl_source in ("agent", "reference"):
+            raise ValueError(f"attach: expected kl_source None or 'policy', got {self.options.kl_source!r}")
+        if not callable(policy):
+            raise ValueError(f"policy: expected a callable (input_ids, attention_mask) -> logits, got {policy!r}")
+        self.policy, self.kl_source = policy, "policy"
+
+    def tokenize(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of prompts given at run time, held to this task's limits."""
+        return tokenize_prompts(
+            prompts,
+            self.tokenizer,
+            vocab_size=self.vocab_size,
+            max_prompt_tokens=self.max_prompt_tokens,
+            overflow=self.options.prompt_overflow,
+        )
+
+    @torch.no_grad()
+    def policy_logprobs(self, ids: Tensor, lengths: Tensor, actions: Tensor) -> Tensor:
+        """log π(a|s) of the live policy.
+
+        Args:
+            ids: `[n, L]`, the states.
+            lengths: `[n]`.
+            actions: `[n]`.
+
+        Returns:
+            `[n]` float32.
+        """
+        assert self.policy is not None
+        width = int(lengths.max())
+        mask = torch.arange(width, device=ids.device) < lengths[:, None]
+        logits = self.policy(ids[:, :width], mask.long())
+        if tuple(logits.shape) != (len(ids), self.vocab_size):
+            raise ValueError(
+                f"policy: expected logits of shape {(len(ids), self.vocab_size)} (the reference's vocabulary), "
+                f"got {tuple(logits.shape)}"
+            )
+        logits = logits.float() / self.options.temperature
+        return logits.gather(1, actions[:, None])[:, 0] - logits.logsumexp(1)
+
+    def _load_reward(self) -> Reward:
+        reward = self.options.reward if self.options.reward is not None else embedded.REWARD
+        if isinstance(reward, str | Path):
+            reward = ClassifierReward(
+                reward,
+                device=self.device,
+                dtype=self.options.torch_dtype,
+                trust_remote_code=self.options.trust_remote_code,
+            )
+        return as_reward(reward, tokenizer=self.tokenizer, stop_token_ids=self.stop_token_ids)
+
+    def _load_reference(self, source: str | Path | Shared) -> Reference:
+        model = models.load_causal_lm(
+            source,
+            argument="reference",
+            device=self.device,
+            dtype=self.options.torch_dtype,
+            trust_remote_code=self.options.trust_remote_code,
+        )
+        return Reference(model, temperature=self.options.temperature)
+
+
+def _tokenizer(options: EnvOptions, source: str | Path | Shared) -> Any:
+    if options.tokenizer is not None and not isinstance(options.tokenizer, str | Path):
+        return options.tokenizer
+    if options.tokenizer is None and isinstance(source, Shared):
+        return None
+    return models.load_tokenizer(options.tokenizer if options.tokenizer is not None else source, argument="tokenizer")
+
+
+def _stop_token_ids(options: EnvOptions, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
+    stops = options.stop_token_ids
+    if stops is None:
+        stops = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if isinstance(stops, str) or not all(
+        isinstance(stop, int) and not isinstance(stop, bool) and 0 <= stop < vocab_size for stop in stops
+    ):
+        raise ValueError(f"stop_token_ids: expected ids in [0, {vocab_size}), got {stops!r}")
+    return tuple(dict.fromkeys(stops))
+
+
+def _check_context(max_prompt_tokens: int, max_new_tokens: int, context: int | None) -> None:
+    if context is not None and max_prompt_tokens + max_new_tokens > context:
+        raise ValueError(
+            f"max_new_tokens: expected max_prompt_tokens + max_new_tokens within the reference's context of {context}, "
+            f"got {max_prompt_tokens} + {max_new_tokens}"
+        )
