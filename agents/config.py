@@ -56,7 +56,7 @@ class PPOConfig:
     """Half-width of the value clip, in standard deviations of the returns; None: no clip."""
     value_coef: float = 1.0
     """Weight of the value loss, which is in units of the returns' variance."""
-    trunk_value_coef: float = 0.1
+    trunk_value_coef: float = 1.0
     """Share of the value loss's gradient that reaches a shared trunk."""
     value_stats_decay: float = 0.9
     """Memory of the running mean and variance of the returns, per update."""

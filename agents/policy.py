@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from agents.critic import Critic, build_critic
-from agents.policy_files import load_critic_files, save_policy_files, saved_critic_kind, wrap_lora
+from agents.policy_files import load_parts, save_policy_files
+from agents.slots import Slots, flat_hidden, last_positions, masked_hidden, scale_gradient
 from agents.value_head import ValueHead
 from textenv.logprobs import packed_logprobs, unpack
-from textenv.models import Shared, backbone, check_head, disable_dropout, load_causal_lm, logit_width, output_head
+from textenv.models import Shared, backbone, check_head, disable_dropout, logit_width, output_head
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -91,7 +92,7 @@ class ValueHeadLM(nn.Module):
         """Load a language model, or what `save_pretrained` wrote, ready to train.
 
         Args:
-            source: A Hugging Face folder, a name in the local cache, or a folder written by `save_pretrained`.
+            source: A Hugging Face folder, a hub name, or a folder written by `save_pretrained`.
             critic: `"shared"` (a head on the policy's trunk), `"separate"` (a trunk of its own, starting as a copy of
                 the policy's) or the folder of a reward model, whose trunk and score start the critic. None means what
                 the folder says, or `"shared"`.
@@ -107,27 +108,10 @@ class ValueHeadLM(nn.Module):
         Raises:
             ValueError: If something cannot be loaded, or `critic` or `lora` contradicts the folder.
         """
-        saved = saved_critic_kind(source)
-        lm: Any = load_causal_lm(
-            source,
-            argument="source",
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            frozen=False,
-        ).module
-        if saved is not None:
-            if critic not in (None, saved):
-                raise ValueError(f"critic must be {saved!r} or None, as {source} holds one; got {critic!r}")
-            parts = load_critic_files(source, device, dtype)
-        else:
-            # Before LoRA changes the trunk: a separate critic is a plain copy, and learns in full.
-            parts = build_critic(lm, critic or "shared", dtype=dtype, trust_remote_code=trust_remote_code)
-        policy = cls(wrap_lora(lm, source, lora), parts)
+        lm, parts = load_parts(source, critic, lora, dtype, device, trust_remote_code)
+        policy = cls(lm, parts)
         if gradient_checkpointing:
-            for model in (policy.lm, policy.critic_backbone):
-                if model is not None:
-                    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            _enable_checkpointing(policy.lm, policy.critic_backbone)
         return policy.train()
 
     @property
@@ -147,11 +131,11 @@ class ValueHeadLM(nn.Module):
             input_ids: `[B, L]`, padded on either side.
             attention_mask: `[B, L]`, nonzero at tokens; None if there is no padding.
         """
-        hidden = _masked_hidden(backbone(self.lm), input_ids, attention_mask)
+        hidden = masked_hidden(backbone(self.lm), input_ids, attention_mask)
         if self.critic_backbone is None:
             critic_hidden = hidden
         else:
-            critic_hidden = _masked_hidden(self.critic_backbone, input_ids, attention_mask)
+            critic_hidden = masked_hidden(self.critic_backbone, input_ids, attention_mask)
         values = self.value_head.denormalize(self.value_head(critic_hidden))
         return PolicyOutput(output_head(self.lm)(hidden), values)
 
@@ -162,10 +146,10 @@ class ValueHeadLM(nn.Module):
             input_ids: `[B, L]`, padded on either side.
             attention_mask: `[B, L]`, nonzero at tokens; None if there is no padding.
         """
-        last = _last_positions(input_ids, attention_mask)
+        last = last_positions(input_ids, attention_mask)
         width = int(last.max()) + 1  # what every row has as padding on the right costs nothing
         mask = None if attention_mask is None else attention_mask[:, :width]
-        hidden = _masked_hidden(backbone(self.lm), input_ids[:, :width], mask)
+        hidden = masked_hidden(backbone(self.lm), input_ids[:, :width], mask)
         return output_head(self.lm)(hidden[torch.arange(len(last), device=last.device), last])
 
     def evaluate(
@@ -198,9 +182,9 @@ class ValueHeadLM(nn.Module):
         Raises:
             ValueError: If the lengths do not fit `input_ids`.
         """
-        slots = _Slots(prompt_lengths, response_lengths, input_ids, with_bootstrap)
+        slots = Slots(prompt_lengths, response_lengths, input_ids, with_bootstrap)
         ids = slots.trim(input_ids)
-        hidden = _flat_hidden(backbone(self.lm), ids)
+        hidden = flat_hidden(backbone(self.lm), ids)
         at_actions = hidden.index_select(0, slots.sources)
         targets = input_ids.reshape(-1).index_select(0, slots.targets)
         head = output_head(self.lm)
@@ -210,12 +194,12 @@ class ValueHeadLM(nn.Module):
         bootstrap = zeros.new_zeros(len(ids))
         if with_values or with_bootstrap:
             if self.critic_backbone is not None:
-                hidden = _flat_hidden(self.critic_backbone, ids)
+                hidden = flat_hidden(self.critic_backbone, ids)
                 at_actions = hidden.index_select(0, slots.sources)
             elif trunk_value_coef != 1.0:
                 hidden, at_actions = (
-                    _scale_gradient(hidden, trunk_value_coef),
-                    _scale_gradient(at_actions, trunk_value_coef),
+                    scale_gradient(hidden, trunk_value_coef),
+                    scale_gradient(at_actions, trunk_value_coef),
                 )
         if with_values:
             packed = self.value_head(at_actions)
@@ -232,15 +216,10 @@ class ValueHeadLM(nn.Module):
         )
 
     def final_values(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Value `[B]` of the state after each row's last token, for bootstraps at truncations.
-
-        Args:
-            input_ids: `[B, L]`, right-padded.
-            lengths: `[B]`, at least 1.
-        """
+        """Value `[B]` of the state after each row's last token; `input_ids` `[B, L]` right-padded, `lengths` `[B]`."""
         trunk = self.critic_backbone if self.critic_backbone is not None else backbone(self.lm)
-        slots = _Slots(lengths, torch.zeros_like(lengths), input_ids, True)
-        hidden = _flat_hidden(trunk, slots.trim(input_ids)).index_select(0, slots.last)
+        slots = Slots(lengths, torch.zeros_like(lengths), input_ids, True)
+        hidden = flat_hidden(trunk, slots.trim(input_ids)).index_select(0, slots.last)
         return self.value_head.denormalize(self.value_head(hidden))
 
     def rescale_values(self, mean: float, std: float, *, preserve: bool = True) -> None:
@@ -267,76 +246,12 @@ class ValueHeadLM(nn.Module):
         return Shared(self.lm, within=self.lm.disable_adapter)
 
     def save_pretrained(self, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Save everything `from_pretrained` needs, in safetensors.
-
-        The language model lies at the folder's root, where `AutoModelForCausalLM.from_pretrained` finds it (with LoRA
-        it is the base model there, and the adapter is in `adapter/`).
-
-        Args:
-            folder: Made if it is not there.
-            tokenizer: Saved beside the model, if given.
-        """
+        """Save everything `from_pretrained` needs, and the tokenizer if given, as `agents.policy_files` describes."""
         critic = Critic(self.critic_kind, self.value_head, self.critic_backbone)
         save_policy_files(self.lm, critic, Path(folder), tokenizer)
 
 
-class _Slots:
-    """Where evaluate reads: flat positions in `[B, L']` (L' the columns that matter), and where results go."""
-
-    def __init__(self, prompt_lengths: Tensor, response_lengths: Tensor, input_ids: Tensor, whole: bool) -> None:
-        prompts, responses = prompt_lengths.tolist(), response_lengths.tolist()
-        rows, width = input_ids.shape
-        totals = [p + r for p, r in zip(prompts, responses, strict=True)]
-        if len(prompts) != rows:
-            raise ValueError(f"prompt_lengths and response_lengths must have one entry per row, {rows}")
-        if min(prompts) < 1 or min(responses) < 0 or max(totals) > width:
-            raise ValueError(
-                f"prompt_lengths must be at least 1, response_lengths at least 0, and their sums at most {width}; "
-                f"got prompts from {min(prompts)}, responses from {min(responses)}, sums to {max(totals)}"
-            )
-        device, longest = input_ids.device, max(responses)
-        # The last token of the longest row is predicted, never read, unless the value after it is asked for.
-        self.width = max(totals) if whole else max(1, max(totals) - 1)
-        self.shape = (rows, longest)
-        starts, counts = prompt_lengths.to(device), response_lengths.to(device)
-        self._totals = starts + counts
-        steps = torch.arange(longest, device=device)
-        self.where = (steps[None, :] < counts[:, None]).reshape(-1).nonzero().squeeze(1)
-        row = torch.arange(rows, device=device)[:, None]
-        before = starts[:, None] - 1 + steps[None, :]
-        self.sources = (row * self.width + before).reshape(-1).index_select(0, self.where)
-        self.targets = (row * width + before + 1).reshape(-1).index_select(0, self.where)
-        self.last = row[:, 0] * self.width + self._totals - 1
-
-    def trim(self, input_ids: Tensor) -> Tensor:
-        """The columns that matter, with id 0 past each row's end: no padding id is special."""
-        inside = torch.arange(self.width, device=input_ids.device)[None, :] < self._totals[:, None]
-        return input_ids[:, : self.width].where(inside, 0)
-
-
-def _flat_hidden(trunk: nn.Module, input_ids: Tensor) -> Tensor:
-    """Final hidden states `[B · L, H]` of right-padded rows; see `textenv.models.hidden_states` on why no mask."""
-    return trunk(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
-
-
-def _masked_hidden(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Final hidden states `[B, L, H]` of rows padded on either side."""
-    if attention_mask is None or bool((attention_mask[:, 1:] <= attention_mask[:, :-1]).all()):
-        return trunk(input_ids=input_ids, use_cache=False).last_hidden_state  # the padding, if any, is on the right
-    # Positions must be given: without them absolute embeddings would count the padding.
-    positions = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-    output = trunk(input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False)
-    return output.last_hidden_state
-
-
-def _last_positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-    rows, width = input_ids.shape
-    if attention_mask is None:
-        return torch.full((rows,), width - 1, device=input_ids.device)
-    order = torch.arange(1, width + 1, device=input_ids.device)
-    return ((attention_mask != 0) * order).argmax(1)
-
-
-def _scale_gradient(hidden: Tensor, coef: float) -> Tensor:
-    """The same numbers; the gradient is multiplied by `coef`."""
-    return hidden.detach() if coef == 0.0 else hidden * coef + hidden.detach() * (1.0 - coef)
+def _enable_checkpointing(*models: Any) -> None:
+    for model in models:
+        if model is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

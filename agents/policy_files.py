@@ -16,15 +16,42 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from agents.critic import Critic
+from agents.critic import Critic, build_critic
 from agents.value_head import ValueHead
-from textenv.models import unwrap
+from textenv.models import load_causal_lm, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FORMAT = 1
 _DESCRIPTION, _HEAD, _TRUNK, _ADAPTER = "value_head.json", "value_head.safetensors", "critic", "adapter"
+
+
+def load_parts(
+    source: str | Path,
+    critic: str | Path | None,
+    lora: Any,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    trust_remote_code: bool,
+) -> tuple[Any, Critic]:
+    """Load the language model and the critic of a policy; see `ValueHeadLM.from_pretrained`.
+
+    Raises:
+        ValueError: If something cannot be loaded, or `critic` or `lora` contradicts the folder.
+    """
+    saved = saved_critic_kind(source)
+    if saved is not None and critic not in (None, saved):
+        raise ValueError(f"critic must be {saved!r} or None, as {source} holds one; got {critic!r}")
+    lm: Any = load_causal_lm(
+        source, argument="source", device=device, dtype=dtype, trust_remote_code=trust_remote_code, frozen=False
+    ).module
+    if saved is not None:
+        parts = load_critic_files(source, device, dtype)
+    else:
+        # Before LoRA changes the trunk: a separate critic is a plain copy, and learns in full.
+        parts = build_critic(lm, critic or "shared", dtype=dtype, trust_remote_code=trust_remote_code)
+    return wrap_lora(lm, source, lora), parts
 
 
 def save_policy_files(lm: Any, critic: Critic, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random models of three families, a tokenizer, saved folders, and real models where there are."""
+"""Shared fixtures: tiny random models of three families, a tokenizer, saved folders, real models if any."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def generate(seed: int, vocab: int) -> dict[str, Any]:
             "temperature": rng.choice([1.0, 0.7, 1.6]),
             "kl_coef": rng.choice([0.0, 0.3, 1.7, "controller"]),
             "reward": rng.choice(["text", "ids", "dense"]),
-            # None of the tokenizer's, its EOS, its BOS and its PAD (id 0), or several with one that is no special token.
+            # None at all, EOS, BOS, PAD (id 0), or several with one that is no special token.
             "stop_token_ids": rng.choice([(), (2,), (1,), (0,), (2, 9)]),
             "max_new_tokens": rng.choice([1, 2, 4, 5]),
             "num_envs": rng.choice([1, 2, 3]),
@@ -210,14 +210,12 @@ def generate(seed: int, vocab: int) -> dict[str, Any]:
             break
     # Prompts begin with BOS, and some hold EOS, PAD or a stop token inside.
     case["prompts"] = [
-        [1, *(rng.choice([0, 2, 9, *range(3, vocab)]) for _ in range(rng.randrange(5)))] for _ in range(rng.choice([1, 3]))
+        [1, *(rng.choice([0, 2, 9, *range(3, vocab)]) for _ in range(rng.randrange(5)))]
+        for _ in range(rng.choice([1, 3]))
     ]
     stops = case["stop_token_ids"]
     case["actions"] = [
-        [
-            rng.choice(stops) if stops and rng.random() < 0.3 else rng.randrange(vocab)
-            for _ in range(case["num_envs"])
-        ]
+        [rng.choice(stops) if stops and rng.random() < 0.3 else rng.randrange(vocab) for _ in range(case["num_envs"])]
         for _ in range(2 * case["max_new_tokens"] + 1)
     ]
     return case

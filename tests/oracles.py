@@ -7,7 +7,7 @@ A masked slot is never read here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 
 Row = Sequence[float]
@@ -131,10 +131,7 @@ def clipped_value(value: float, old_value: float, target: float, clip_eps: float
 def aggregate(loss: Rows, mask: Sequence[Sequence[bool]], how: str, denominator: float | None = None) -> float:
     rows = [[v for v, flag in zip(row, flags, strict=True) if flag] for row, flags in zip(loss, mask, strict=True)]
     rows = [row for row in rows if row]
-    if how == "token":
-        parts = [v for row in rows for v in row]
-    else:
-        parts = [mean(row) for row in rows]
+    parts = [v for row in rows for v in row] if how == "token" else [mean(row) for row in rows]
     return math.fsum(parts) / (denominator if denominator is not None else max(len(parts), 1))
 
 
@@ -187,9 +184,9 @@ def all_responses(vocab_size: int, max_new_tokens: int, stop: int) -> list[tuple
 
 
 def regularised_return(
-    logits: dict[tuple[int, ...], Row],
-    ref_logits: dict[tuple[int, ...], Row],
-    scores: dict[tuple[int, ...], float],
+    logits: Mapping[tuple[int, ...], Row],
+    ref_logits: Mapping[tuple[int, ...], Row],
+    scores: Mapping[tuple[int, ...], float],
     kl_coef: float,
 ) -> float:
     """J = Σ_y π(y) (score(y) - β Σₜ k1ₜ), from logits per prefix."""

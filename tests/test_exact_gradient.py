@@ -1,8 +1,8 @@
 """The whole chain, reward to loss, against the gradient of the objective, by enumerating a tiny text MDP.
 
-V = 4 tokens, one of them the stop token, at most T = 3 of them: 13 states, 40 responses of lengths 1 to 3. The policy is
-a table of float64 logits per prefix. Every response is a row, weighted by its detached probability, so expectations are
-sums and nothing is left to chance. The objective is J = Σ_y π(y) (score(y) - β Σₜ log π/π_ref).
+V = 4 tokens, one of them the stop token, at most T = 3 of them: 13 states, 40 responses of lengths 1 to 3. The policy
+is a table of float64 logits per prefix. Every response is a row, weighted by its detached probability, so expectations
+are sums and nothing is left to chance. The objective is J = Σ_y π(y) (score(y) - β Σₜ log π/π_ref).
 """
 
 from __future__ import annotations

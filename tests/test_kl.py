@@ -106,7 +106,7 @@ def test_no_target_is_another_or_its_negative(states: States) -> None:
 
 
 def test_kl_loss_in_later_epochs_is_weighted_by_the_constant_ratio(states: States) -> None:
-    """Tokens from another law π_old: weighted by π_old and multiplied by sg(ρ), the gradient is still that of the KL."""
+    """Tokens from another law π_old: weighted by π_old and times sg(ρ), the gradient is still that of the KL."""
     logprobs, ref_logprobs = states.logprobs()
     old_logits = states.logits.detach() + 0.5 * torch.randn(S, V, generator=torch.Generator().manual_seed(1)).double()
     old_logprobs = torch.log_softmax(old_logits, -1)

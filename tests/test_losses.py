@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import pytest
@@ -180,9 +181,7 @@ def test_aggregation_does_not_depend_on_microbatches(
     leaf = loss.requires_grad_()
     whole = losses.aggregate(leaf, mask, how)
     edges = [0, *sorted(cuts), 8]
-    parts = torch.stack(
-        [losses.aggregate(leaf[i:j], mask[i:j], how, count) for i, j in zip(edges, edges[1:], strict=False)]
-    ).sum()
+    parts = torch.stack([losses.aggregate(leaf[i:j], mask[i:j], how, count) for i, j in pairwise(edges)]).sum()
     torch.testing.assert_close(parts, whole, atol=1e-12, rtol=0)
     gradients = [torch.autograd.grad(scalar, leaf)[0] for scalar in (whole, parts)]
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-12, rtol=0)
@@ -250,6 +249,14 @@ def test_explained_variance_of_perfect_constant_and_opposite_values() -> None:
     assert diagnostics.explained_variance(torch.full((1, 3), 7.0), targets, mask).item() == pytest.approx(0, abs=1e-6)
     assert diagnostics.explained_variance(-targets, targets, mask).item() == pytest.approx(-3)
     assert diagnostics.explained_variance(targets, torch.full((1, 3), 0.1), mask) == 0
+
+
+@pytest.mark.parametrize("count", [1, 7, 100, 4097])
+def test_explained_variance_of_constant_returns_is_zero_and_not_rounding(count: int) -> None:
+    """The mean of many 0.1 is not 0.1 in float32; what is left over is no variance."""
+    mask = torch.ones(1, count, dtype=torch.bool)
+    values = torch.linspace(-1, 1, count).unsqueeze(0)
+    assert diagnostics.explained_variance(values, torch.full((1, count), 0.1), mask) == 0
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -1e30])

@@ -65,11 +65,11 @@ def test_a_missing_model_is_a_quick_clear_error(source: str | Path) -> None:
 def test_wrong_kinds_are_refused(tiny_llama: Any, tiny_lm_folder: Path, tiny_reward_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"reference is a bare LlamaForCausalLM: wrap it in textenv\.Shared"):
         models.load_causal_lm(tiny_llama, argument="reference")
-    with pytest.raises(ValueError, match="reference must be a folder.* got 7"):
+    with pytest.raises(ValueError, match=r"reference must be a folder.* got 7"):
         models.load_causal_lm(7, argument="reference")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"reward must be a sequence classifier.*score"):
         models.load_classifier(_one_label(tiny_lm_folder), argument="reward")
-    with pytest.raises(ValueError, match="reward must give one score per text.* gives 2"):
+    with pytest.raises(ValueError, match=r"reward must give one score per text.* gives 2"):
         models.load_classifier(tiny_lm_folder, argument="reward")
     with pytest.raises(ValueError, match=r"policy must be a causal language model.*lm_head"):
         models.load_causal_lm(tiny_reward_folder, argument="policy")
@@ -129,8 +129,14 @@ def test_head_of_hidden_is_the_forward(tiny_lm: Any) -> None:
 
 
 def test_families_that_scale_or_cap_their_logits() -> None:
-    from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
-    from transformers import GraniteConfig, GraniteForCausalLM
+    from transformers import (
+        CohereConfig,
+        CohereForCausalLM,
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GraniteConfig,
+        GraniteForCausalLM,
+    )
 
     size = {
         "vocab_size": V,

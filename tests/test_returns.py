@@ -34,9 +34,9 @@ class Case:
         return torch.tensor([[e == ending for e in row] for row in self.endings])
 
 
-def draw_table(draw: st.DrawFn, rows: int, length: int) -> Tensor:
+def table_strategy(rows: int, length: int) -> st.SearchStrategy[Tensor]:
     cells = st.lists(st.floats(-4, 4, width=16), min_size=rows * length, max_size=rows * length)
-    return torch.tensor(draw(cells), dtype=torch.float64).view(rows, length)
+    return cells.map(lambda numbers: torch.tensor(numbers, dtype=torch.float64).view(rows, length))
 
 
 @st.composite
@@ -45,11 +45,11 @@ def cases(draw: st.DrawFn) -> Case:
     flags = st.lists(st.booleans(), min_size=length, max_size=length)
     ends = st.lists(st.sampled_from(["", "", "terminated", "truncated"]), min_size=length, max_size=length)
     return Case(
-        rewards=draw_table(draw, rows, length),
-        values=draw_table(draw, rows, length),
+        rewards=draw(table_strategy(rows, length)),
+        values=draw(table_strategy(rows, length)),
         mask=torch.tensor(draw(st.lists(flags, min_size=rows, max_size=rows))),
         endings=draw(st.lists(ends, min_size=rows, max_size=rows)),
-        bootstraps=draw_table(draw, rows, length),
+        bootstraps=draw(table_strategy(rows, length)),
         gamma=draw(st.sampled_from([1.0, 0.9])),
         lam=draw(st.sampled_from([0.0, 0.5, 0.95, 1.0])),
     )
@@ -99,7 +99,7 @@ def test_skipped_slots_refer_to_the_values_that_gae_is_given(case: Case) -> None
 def test_gae_vectorised_equals_loop(data: st.DataObject) -> None:
     """Any discounts and λ per slot, zeros among them."""
     rows, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 17))
-    rewards, values, next_values = (draw_table(data.draw, rows, length) for _ in range(3))
+    rewards, values, next_values = (data.draw(table_strategy(rows, length)) for _ in range(3))
     weights = st.lists(st.sampled_from([0.0, 0.5, 0.9, 1.0]), min_size=rows * length, max_size=rows * length)
     discounts, lambdas = (torch.tensor(data.draw(weights)).double().view(rows, length) for _ in range(2))
     columns = (rewards, values, next_values, discounts, lambdas)
@@ -139,6 +139,13 @@ def test_boundaries_as_data() -> None:
     assert found.next_values.tolist() == [[3.0, 2.0, 0.0, 5.0, 9.0, 6.0]]
     assert found.discounts.tolist() == [[0.5, 1.0, 0.0, 0.5, 0.5, 1.0]]
     assert found.lambdas.tolist() == [[0.25, 1.0, 0.25, 0.25, 0.0, 1.0]]
+
+
+def test_termination_wins_over_truncation() -> None:
+    """Gymnasium allows both flags at once; the score was paid, so nothing is bootstrapped."""
+    here, values = torch.tensor([[True, True]]), torch.tensor([[1.0, 2.0]])
+    found = returns.step_boundaries(here, here, here, torch.full((1, 2), 9.0), values, 0.5, 0.25)
+    assert found.next_values.tolist() == [[0.0, 0.0]] and found.discounts.tolist() == [[0.0, 0.0]]
 
 
 @generated

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from tests.conftest import MAKERS, V, make_gpt2, make_llama, make_qwen2
 from textenv.models import Shared
-from textenv.row_cache import Decoder, RecomputeDecoder, RowDecoder, row_decoder
+from textenv.recompute import Decoder, RecomputeDecoder
+from textenv.row_cache import RowDecoder, row_decoder
 
 TOLERANCE = 2e-5
 """Float32 rounding in two layers of width 32; a wrong mask or position is off by more than 1."""

@@ -11,7 +11,7 @@ from textenv.checker import check_vector_env
 from textenv.env import TextEnv
 from textenv.models import Shared
 from textenv.options import EnvOptions
-from textenv.prompts import PromptStream
+from textenv.prompts import PromptStream, read_prompts
 from textenv.types import FinishReason, ReplayRecord
 from textenv.vector_env import TextVectorEnv
 
@@ -26,6 +26,7 @@ __all__ = [
     "check_vector_env",
     "embedded",
     "kl",
+    "read_prompts",
 ]
 
 if "RLHF-Text-v0" not in registry:

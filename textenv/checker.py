@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import gymnasium as gym
@@ -43,37 +45,39 @@ def check_vector_env(
         AssertionError: Its message begins with the rule that was broken.
     """
     mode = envs.metadata.get("autoreset_mode")
-    _rule("metadata", isinstance(mode, AutoresetMode) and getattr(envs, "autoreset_mode", None) is mode, repr(mode))
-    twin = SyncVectorEnv([single for _ in range(envs.num_envs)], autoreset_mode=mode)
-    for name in ("single_observation_space", "single_action_space", "observation_space", "action_space"):
-        _rule("spaces", getattr(envs, name) == getattr(twin, name), name)
-    rng = np.random.default_rng(seed)
-    width = int(getattr(envs.single_action_space, "n", 0))
-    draw = sample or (lambda generator: generator.integers(width, size=envs.num_envs))
-    seen = envs.reset(seed=seed)
-    _compare("reset", seen, twin.reset(seed=seed), rtol, atol)
-    for step in range(steps):
-        actions = draw(rng)
-        ours, theirs = envs.step(actions), twin.step(actions)
-        _rule("contained", ours[0] in envs.observation_space, f"at step {step}")
-        _rule("fresh", not _shares_memory(seen, ours), f"at step {step}")
-        _compare(f"step {step}", ours, theirs, rtol, atol)
-        seen = ours
-        ended = np.asarray(ours[2]) | np.asarray(ours[3])
-        if mode is AutoresetMode.DISABLED and ended.any():
-            begun = envs.reset(options={"reset_mask": ended.copy()})
-            _compare(f"reset_mask after step {step}", begun, twin.reset(options={"reset_mask": ended.copy()}), rtol, atol)
-    twin.close()
+    if not isinstance(mode, AutoresetMode) or getattr(envs, "autoreset_mode", None) is not mode:
+        raise AssertionError(f"{RULES['metadata']} ({mode!r})")
+    with closing(SyncVectorEnv([single for _ in range(envs.num_envs)], autoreset_mode=mode)) as twin:
+        for name in ("single_observation_space", "single_action_space", "observation_space", "action_space"):
+            _rule("spaces", getattr(envs, name) == getattr(twin, name), name)
+        rng = np.random.default_rng(seed)
+        width = int(getattr(envs.single_action_space, "n", 0))
+        draw = sample or (lambda generator: generator.integers(width, size=envs.num_envs))
+        given = [_hand_out("reset", envs.reset(seed=seed), twin.reset(seed=seed), rtol, atol)]
+        for step in range(steps):
+            actions = draw(rng)
+            ours = envs.step(actions)
+            _rule("contained", ours[0] in envs.observation_space, f"at step {step}")
+            _rule("fresh", not _shares_memory(given[-1][0], ours), f"at step {step}")
+            given.append(_hand_out(f"step {step}", ours, twin.step(actions), rtol, atol))
+            ended = np.asarray(ours[2]) | np.asarray(ours[3])
+            if mode is AutoresetMode.DISABLED and ended.any():
+                begun, beside = (each.reset(options={"reset_mask": ended.copy()}) for each in (envs, twin))
+                given.append(_hand_out(f"reset_mask after step {step}", begun, beside, rtol, atol))
+        for number, (then, copied) in enumerate(given):
+            _rule("fresh", _difference(then, copied, 0.0, 0.0) is None, f"what call {number} gave has changed since")
+
+
+def _hand_out(where: str, ours: Any, theirs: Any, rtol: float, atol: float) -> tuple[Any, Any]:
+    """What was handed out, compared, and a copy of it to see later whether it was written to."""
+    difference = _difference(ours, theirs, rtol, atol)
+    _rule("equal", difference is None, f"{where}: {difference}")
+    return ours, copy.deepcopy(ours)
 
 
 def _rule(name: str, holds: bool, detail: str) -> None:
     if not holds:
         raise AssertionError(f"{RULES[name]} ({detail})")
-
-
-def _compare(where: str, ours: Any, theirs: Any, rtol: float, atol: float) -> None:
-    difference = _difference(ours, theirs, rtol, atol)
-    _rule("equal", difference is None, f"{where}: {difference}")
 
 
 def _difference(ours: Any, theirs: Any, rtol: float, atol: float) -> str | None:

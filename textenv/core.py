@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -10,35 +10,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textenv import dynamics, kl
+from textenv import dynamics
+from textenv.dynamics import TokenState
+from textenv.payments import Answers, Payments
 from textenv.reference import ReferenceStepper
 from textenv.task import Task
 from textenv.types import FinishReason
 
-PART_KEYS = ("score", "kl", "missing_eos")
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class TextCore:
     """N rows of one task.
 
     After `reset` or `step`, `state`, `rewards` and `info()` describe every row. Rows that neither began nor acted keep
-    what they had.
+    what they had, and so do all rows if either raises.
     """
 
     def __init__(self, task: Task, rows: int) -> None:
         """N rows, none of them started."""
         self.task, self.rows = task, rows
-        device, steps = task.device, task.options.max_new_tokens
-        self.state = dynamics.empty(rows, task.columns, device=device, pad_token_id=task.pad_token_id)
+        self.state = dynamics.empty(rows, task.columns, device=task.device, pad_token_id=task.pad_token_id)
         self.started = np.zeros(rows, dtype=bool)
         self.prompt_index = np.full(rows, -1, dtype=np.int64)
-        self._floats = {
-            key: torch.zeros(rows, device=device)
-            for key in ("score", "ref_logprob", "kl", *(f"reward_parts/{part}" for part in PART_KEYS))
-        }
-        self.history = {
-            key: torch.zeros(rows, steps, device=device) for key in ("reward", "kl", "logprob", "ref_logprob", "dense")
-        }
+        self.payments = Payments(task, rows)
         self._stepper: ReferenceStepper | None = None
 
     # ------------------------------------------------------------------------------------------------- starting
@@ -54,7 +49,7 @@ class TextCore:
         Raises:
             ValueError: For an unknown option or an impossible prompt.
         """
-        indices, prompts = self._choose(rows, rngs, options or {})
+        indices, prompts = _choose(self.task, rows, rngs, options or {})
         device = self.task.device
         width = max(map(len, prompts))
         padded = np.full((len(rows), self.task.columns), self.task.pad_token_id, dtype=np.int64)
@@ -66,28 +61,11 @@ class TextCore:
         self.state = dynamics.begin(self.state, where, ids, lengths)
         self.prompt_index[rows] = indices
         self.started[rows] = True
-        for tensor in (*self._floats.values(), *self.history.values()):
-            tensor[where] = 0.0
+        self.payments.begin(where)
         if self._stepper is None and self.task.reference is not None and self.task.options.kl_credit == "token":
             self._stepper = ReferenceStepper(self.task.reference, self.rows, self.task.columns)
         if self._stepper is not None:
             self._stepper.begin(where, ids[:, :width], lengths)
-
-    def _choose(
-        self, rows: np.ndarray, rngs: Sequence[np.random.Generator], options: Mapping[str, Any]
-    ) -> tuple[list[int], list[list[int]]]:
-        unknown = set(options) - {"prompt_index", "prompt"}
-        if unknown or len(options) > 1:
-            raise ValueError(f"options: expected 'prompt_index' or 'prompt', got {sorted(map(str, options))}")
-        if "prompt" in options:
-            prompts = self.task.tokenize(_per_row_prompts(options["prompt"], rows, self.rows))
-            return [-1] * len(rows), prompts
-        count = len(self.task.prompts)
-        if "prompt_index" in options:
-            indices = _per_row_indices(options["prompt_index"], rows, self.rows, count)
-        else:
-            indices = [int(rngs[row].integers(count)) for row in rows]
-        return indices, [self.task.prompts[index] for index in indices]
 
     # ------------------------------------------------------------------------------------------------- acting
 
@@ -96,125 +74,105 @@ class TextCore:
         """`[N]` bool: rows in the middle of an episode."""
         return self.started & (self.state.finish_reasons == FinishReason.NONE).cpu().numpy()
 
+    def attach(self, policy: Callable[..., Tensor]) -> None:
+        """Ask this live policy for log π from now on.
+
+        Raises:
+            ValueError: If it would begin in the middle of a response, whose earlier tokens nobody asked it about.
+        """
+        if self.task.kl_source != "policy" and (self.running & (self.state.response_lengths > 0).cpu().numpy()).any():
+            raise ValueError("attach: expected no response under way, got one; attach before or right after reset()")
+        self.task.attach(policy)
+
     def check_actions(self, actions: Any) -> Tensor:
         """One action a row, as a tensor on the device.
 
         Raises:
             gymnasium.error.InvalidAction: If the shape, the type or a value is not that of `Discrete(V)`.
         """
-        vocab_size = self.task.vocab_size
-        tensor = actions if isinstance(actions, Tensor) else torch.as_tensor(np.asarray(actions))
-        if tensor.shape != (self.rows,) or tensor.is_floating_point() or tensor.dtype in (torch.bool, torch.complex64):
-            raise gym.error.InvalidAction(
-                f"actions: expected {self.rows} integers in [0, {vocab_size}), got shape {tuple(tensor.shape)} of {tensor.dtype}"
-            )
-        tensor = tensor.to(self.task.device, torch.int64)
-        if ((tensor < 0) | (tensor >= vocab_size)).any():
-            raise gym.error.InvalidAction(f"actions: expected ids in [0, {vocab_size}), got {tensor.tolist()}")
+        array = actions if isinstance(actions, Tensor) else np.asarray(actions)
+        integers = array.dtype in _INTEGERS if isinstance(array, Tensor) else np.issubdtype(array.dtype, np.integer)
+        expected = f"actions: expected {self.rows} integers in [0, {self.task.vocab_size}), one a row"
+        if not integers or array.shape != (self.rows,):
+            raise gym.error.InvalidAction(f"{expected}, got shape {tuple(array.shape)} of {array.dtype}")
+        tensor = torch.as_tensor(array, dtype=torch.int64, device=self.task.device)
+        if ((tensor < 0) | (tensor >= self.task.vocab_size)).any():
+            raise gym.error.InvalidAction(f"{expected}, got {tensor.tolist()}")
         return tensor
 
     @torch.no_grad()
     def step(self, actions: Tensor, rows: np.ndarray) -> None:
         """Append one token to some rows, all of them running, and pay for it.
 
+        Policy, reward function and reference are asked about the state that comes, and it becomes the state when all of
+        them have answered: a step that raises has not happened.
+
         Args:
             actions: `[N]`, checked; those of other rows are ignored.
             rows: `[r]` int64, ascending.
         """
+        if not len(rows):
+            return
         where = torch.as_tensor(rows, device=self.task.device)
-        acting = actions[where]
-        steps = self.state.response_lengths[where]
-        self._record_logprobs(acting, where, steps)
-        self.state = dynamics.append(
+        acting, steps = actions[where], self.state.response_lengths[where]
+        after = dynamics.append(
             self.state,
             acting,
             where,
             stop_token_ids=self.task.stop_tensor,
             max_new_tokens=self.task.options.max_new_tokens,
         )
-        self._pay(where, steps)
-
-    def _record_logprobs(self, actions: Tensor, rows: Tensor, steps: Tensor) -> None:
-        """log π and log π_ref of the tokens about to be appended, where they are known now."""
+        reasons = after.finish_reasons[where]
         state = self.state
-        if self._stepper is not None:
-            last = state.ids[rows, state.lengths[rows] - 1]
-            everyone = len(rows) == self.rows
-            self.history["ref_logprob"][rows, steps] = self._stepper.step(last, actions, None if everyone else rows)
-        if self._knows_kl:
-            asked = self.task.policy_logprobs(state.ids[rows], state.lengths[rows], actions)
-            self.history["logprob"][rows, steps] = asked
+        logprobs = None
+        if self.knows_kl:
+            logprobs = self.task.policy_logprobs(state.ids[where], state.lengths[where], acting)
+        earned, score = self._score(after, where, reasons)
+        # The reference comes last: its cache moves.
+        answers = Answers(earned, score, logprobs, self._ask_reference(after, acting, where, reasons))
+        self.state = after
+        self.payments.pay(where, steps, reasons, answers)
 
     @property
-    def _knows_kl(self) -> bool:
+    def knows_kl(self) -> bool:
+        """Whether the environment asks a live policy for log π."""
         return self.task.kl_source == "policy" and self.task.reference is not None
 
-    def _pay(self, rows: Tensor, steps: Tensor) -> None:
-        reasons = self.state.finish_reasons[rows]
-        ended = reasons != FinishReason.NONE
-        terminated, _ = dynamics.endings(reasons, length_end=self.task.options.length_end)
-        self._score_sequences(rows[ended])
-        dense, score = self._score(rows, steps, terminated)
-        penalty = -self.task.options.missing_eos_penalty * (reasons == FinishReason.LENGTH).float()
-        charges, kls = self._kl(rows, steps, ended)
-        floats = self._floats
-        floats["score"][rows] = score
-        floats["ref_logprob"][rows] = self.history["ref_logprob"][rows, steps] * self._ref_is_due(ended)
-        floats["kl"][rows] = kls
-        # With dense rewards the score is the sum of what the tokens were paid, so it is not paid again.
-        paid = dense if self.task.reward.per_token else score
-        for part, amount in zip(PART_KEYS, (paid, charges, penalty), strict=True):
-            floats[f"reward_parts/{part}"][rows] = amount
-        self.history["reward"][rows, steps] = paid + charges + penalty
-        self.history["kl"][rows, steps] = kls
-
-    def _ref_is_due(self, ended: Tensor) -> Tensor:
-        """Under `kl_credit="sequence"` the reference has spoken only once the response is whole."""
-        return ended.float() if self.task.options.kl_credit == "sequence" else torch.ones_like(ended, dtype=torch.float32)
-
-    def _score_sequences(self, rows: Tensor) -> None:
-        """`kl_credit="sequence"`: one forward of the reference for the responses that just ended."""
-        if self.task.reference is None or self._stepper is not None or not len(rows):
-            return
-        state = self.state
-        ref = self.task.reference.logprobs(state.ids[rows], state.prompt_lengths[rows], state.response_lengths[rows])
-        self.history["ref_logprob"][rows, : ref.shape[1]] = ref
-
-    def _score(self, rows: Tensor, steps: Tensor, terminated: Tensor) -> tuple[Tensor, Tensor]:
-        """What the reward function pays now: `(dense, score)`, `[r]` each; score is 0 until it is due."""
+    def _score(self, after: TokenState, rows: Tensor, reasons: Tensor) -> tuple[Tensor, Tensor]:
+        """What the reward function pays now, and the score, which is 0 until it is due: `[r]` each."""
         reward, device = self.task.reward, self.task.device
+        terminated = reasons != FinishReason.NONE
         score = torch.zeros(len(rows), device=device)
         if reward.per_token:
-            values = reward.token_values(*self.texts(rows))
-            dense = torch.tensor([float(value[-1]) for value in values], device=device)
-            self.history["dense"][rows, steps] = dense
-            return dense, torch.where(terminated, self.history["dense"][rows].sum(1), score)
+            values = reward.token_values(*_texts(after, rows))
+            earned = torch.tensor([float(value[-1]) for value in values], device=device)
+            return earned, torch.where(terminated, self.payments.earned_before(rows) + earned, score)
         due = rows[terminated]
         if len(due):
-            score[terminated] = torch.as_tensor(reward.scores(*self.texts(due)), device=device)
-        return torch.zeros_like(score), score
+            score[terminated] = torch.as_tensor(reward.scores(*_texts(after, due)), device=device)
+        return score, score
 
-    def _kl(self, rows: Tensor, steps: Tensor, ended: Tensor) -> tuple[Tensor, Tensor]:
-        """What the environment charges now, and the k1 it knows of this token: `[r]` each."""
-        zeros = torch.zeros(len(rows), device=self.task.device)
+    def _ask_reference(self, after: TokenState, actions: Tensor, rows: Tensor, reasons: Tensor) -> Tensor | None:
+        """`[r, 1]`: log π_ref of this token; `kl_credit="sequence"`: `[r, T]`, of the responses that end now."""
         if self.task.reference is None:
-            return zeros, zeros
-        ref, logprobs = self.history["ref_logprob"][rows], self.history["logprob"][rows]
-        charges = kl.token_charges(logprobs, ref, kl_coef=self.task.kl_coef, kl_source=self.task.kl_source)
-        known = (logprobs - ref).gather(1, steps[:, None])[:, 0] if self._knows_kl else zeros
-        if self.task.options.kl_credit == "sequence":
-            # Rows that go on have no reference log-probs yet; those past the end are 0 in both histories.
-            return torch.where(ended, charges.sum(1), zeros), torch.where(ended, known, zeros)
-        return charges.gather(1, steps[:, None])[:, 0], known
+            return None
+        if self._stepper is not None:
+            last = self.state.ids[rows, self.state.lengths[rows] - 1]
+            return self._stepper.step(last, actions, None if len(rows) == self.rows else rows)[:, None]
+        ended = reasons != FinishReason.NONE
+        due = rows[ended]
+        if not len(due):
+            return None
+        spoken = self.task.reference.logprobs(after.ids[due], after.prompt_lengths[due], after.response_lengths[due])
+        answers = spoken.new_zeros(len(rows), spoken.shape[1])
+        answers[ended] = spoken
+        return answers
 
     # ------------------------------------------------------------------------------------------------- telling
 
     def texts(self, rows: Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts and responses so far, as id lists."""
-        ids = self.state.ids[rows].tolist()
-        cuts = zip(self.state.prompt_lengths[rows].tolist(), self.state.lengths[rows].tolist(), strict=True)
-        pairs = [(row[:start], row[start:end]) for row, (start, end) in zip(ids, cuts, strict=True)]
-        return [prompt for prompt, _ in pairs], [response for _, response in pairs]
+        return _texts(self.state, rows)
 
     def observation(self) -> dict[str, Tensor]:
         """Fresh tensors of every row: `input_ids [N, L]`, `attention_mask [N, L]`, `prompt_length [N, 1]`."""
@@ -229,7 +187,7 @@ class TextCore:
     @property
     def rewards(self) -> Tensor:
         """`[N]` float32: the reward of each row's last step."""
-        return torch.stack([self._floats[f"reward_parts/{part}"] for part in PART_KEYS]).sum(0)
+        return self.payments.rewards
 
     def endings(self) -> tuple[Tensor, Tensor]:
         """`(terminated, truncated)`, `[N]` bool."""
@@ -237,17 +195,15 @@ class TextCore:
 
     def info(self) -> dict[str, Tensor]:
         """Fresh tensors of every row, the same keys always."""
-        device, ended = self.task.device, self.state.finish_reasons != FinishReason.NONE
-        acted = self.state.response_lengths > 0
-        if self.task.options.kl_credit == "sequence":
-            acted = ended
-        info = {key: value.clone() for key, value in self._floats.items()}
-        info["kl_known"] = (acted & self._knows_kl).to(torch.int8)
-        info["finish_reason"] = self.state.finish_reasons.clone()
-        info["response_length"] = self.state.response_lengths
-        info["prompt_index"] = torch.as_tensor(self.prompt_index.copy(), device=device)
-        if self.task.options.kl_credit == "sequence":
-            info["ref_logprobs"] = self.history["ref_logprob"].clone()
+        state, sequence = self.state, self.task.options.kl_credit == "sequence"
+        spoken = state.finish_reasons != FinishReason.NONE if sequence else state.response_lengths > 0
+        info = {key: value.clone() for key, value in self.payments.latest.items()}
+        info["kl_known"] = (spoken & self.knows_kl).to(torch.int8)
+        info["finish_reason"] = state.finish_reasons.clone()
+        info["response_length"] = state.response_lengths
+        info["prompt_index"] = torch.tensor(self.prompt_index, device=self.task.device)
+        if sequence:
+            info["ref_logprobs"] = self.payments.history["ref_logprob"].clone()
         return info
 
     def info_texts(self) -> dict[str, list[str]]:
@@ -259,10 +215,35 @@ class TextCore:
         return {"prompt_text": prompts, "response_text": responses}
 
 
+def _texts(state: TokenState, rows: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+    ids = state.ids[rows].tolist()
+    cuts = zip(state.prompt_lengths[rows].tolist(), state.lengths[rows].tolist(), strict=True)
+    pairs = [(row[:start], row[start:end]) for row, (start, end) in zip(ids, cuts, strict=True)]
+    return [prompt for prompt, _ in pairs], [response for _, response in pairs]
+
+
+def _choose(
+    task: Task, rows: np.ndarray, rngs: Sequence[np.random.Generator], options: Mapping[str, Any]
+) -> tuple[list[int], list[list[int]]]:
+    """A prompt for each row that begins, and its index in the task's prompts (−1: it is none of them)."""
+    unknown = set(options) - {"prompt_index", "prompt"}
+    if unknown or len(options) > 1:
+        raise ValueError(f"options: expected 'prompt_index' or 'prompt', got {sorted(map(str, options))}")
+    if "prompt" in options:
+        return [-1] * len(rows), task.tokenize(_per_row_prompts(options["prompt"], rows, len(rngs)))
+    count = len(task.prompts)
+    if "prompt_index" in options:
+        indices = _per_row_indices(options["prompt_index"], rows, len(rngs), count)
+    else:
+        indices = [int(rngs[row].integers(count)) for row in rows]
+    return indices, [task.prompts[index] for index in indices]
+
+
 def _per_row_prompts(prompt: Any, rows: np.ndarray, count: int) -> list[Any]:
     """One prompt for all, or one for each of the N rows."""
-    one = isinstance(prompt, str) or len(prompt) == 0 or isinstance(prompt[0], int | np.integer)
-    if one:
+    if not isinstance(prompt, str | Sequence | np.ndarray):
+        raise ValueError(f"options['prompt']: expected text, ids, or a list of {count} of them, got {prompt!r}")
+    if isinstance(prompt, str) or len(prompt) == 0 or isinstance(prompt[0], int | np.integer):
         return [prompt] * len(rows)
     if len(prompt) != count:
         raise ValueError(f"options['prompt']: expected one prompt or a list of {count}, got {len(prompt)}")
@@ -270,7 +251,10 @@ def _per_row_prompts(prompt: Any, rows: np.ndarray, count: int) -> list[Any]:
 
 
 def _per_row_indices(index: Any, rows: np.ndarray, count: int, prompts: int) -> list[int]:
-    array = np.asarray(index)
+    try:
+        array = np.asarray(index)
+    except ValueError:  # ragged
+        array = np.empty(0)
     if not np.issubdtype(array.dtype, np.integer) or array.shape not in ((), (count,)):
         raise ValueError(f"options['prompt_index']: expected an integer or {count} of them, got {index!r}")
     chosen = np.broadcast_to(array, (count,))[rows]

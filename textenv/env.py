@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from torch import Tensor
 
-from textenv import replay as replays
 from textenv.core import TextCore
 from textenv.options import EnvOptions
-from textenv.prompts import Prompt
 from textenv.rendering import render_row
 from textenv.task import Task
-from textenv.types import ReplayRecord
+from textenv.tasked import Tasked
 
 
 def observation_space(task: Task) -> spaces.Dict:
@@ -31,7 +27,14 @@ def observation_space(task: Task) -> spaces.Dict:
     )
 
 
-class TextEnv(gym.Env[dict[str, np.ndarray], int]):
+def _one_action(action: Any) -> np.ndarray:
+    array = np.asarray(action)
+    if array.shape != ():
+        raise gym.error.InvalidAction(f"action: expected one token id, got shape {array.shape}")
+    return array.reshape(1)
+
+
+class TextEnv(Tasked, gym.Env[dict[str, np.ndarray], int]):
     """Reinforcement learning on text, one token a step.
 
     ## Description
@@ -61,11 +64,12 @@ class TextEnv(gym.Env[dict[str, np.ndarray], int]):
     k_t = log π(a_t|s_t) − log π_ref(a_t|s_t), both at `temperature`. The discount is 1. The environment does not own
     the policy, so `kl_source` says who knows log π:
 
-    | `kl_source` | the reward that `step` pays | for |
-    |---|---|---|
-    | `agent` (default) | the score part; `ref_logprob` is in info and the collecting side charges −β·k_t (`textenv.kl.charge`) | `agents.PPO`, every adapter |
-    | `policy` (default with `policy=` or after `attach`) | the full reward; the live policy is asked at each step | off-the-shelf algorithms |
-    | `reference` | the score part + β·log π_ref | maximum-entropy algorithms, whose own entropy completes the KL |
+    - `agent` (default): `step` pays the score part; `ref_logprob` is in info, and the collecting side charges −β·k_t
+      (`textenv.kl.charge`). For `agents.PPO` and every adapter.
+    - `policy` (default with `policy=` or after `attach`): `step` pays the full reward; the live policy is asked at each
+      step. For off-the-shelf algorithms.
+    - `reference`: `step` pays the score part + β·log π_ref. For maximum-entropy algorithms, whose own entropy completes
+      the KL.
 
     With `kl_credit="sequence"` the KL's sum is paid with the score: the same return, and the reference costs one
     batched forward per episode; `ref_logprob` is then 0 until the last step, whose info carries all `ref_logprobs`.
@@ -80,7 +84,8 @@ class TextEnv(gym.Env[dict[str, np.ndarray], int]):
     Terminated: a stop token was chosen (`FinishReason.STOP`, also as the last token allowed), or `max_new_tokens` were
     chosen (`LENGTH`): the score is paid, so nothing follows. Stop tokens are looked for in the response only.
 
-    Truncated: at `LENGTH` with `length_end="truncate"`: nothing but the token's KL is paid, and the agent bootstraps.
+    Truncated: at `LENGTH` with `length_end="truncate"`: no score is paid, only what is the token's own (its KL and its
+    dense reward), and the agent bootstraps.
 
     ## Information
 
@@ -114,48 +119,17 @@ class TextEnv(gym.Env[dict[str, np.ndarray], int]):
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise ValueError(f"render_mode: expected None, 'ansi' or 'human', got {render_mode!r}")
         self.render_mode = render_mode
-        self._core: TextCore | None = TextCore(Task(EnvOptions(**options)), rows=1)
-        self.observation_space = observation_space(self.task)
-        self.action_space = spaces.Discrete(self.task.vocab_size)
-
-    @property
-    def core(self) -> TextCore:
-        """The one row that this environment is."""
-        if self._core is None:
-            raise gym.error.ClosedEnvironmentError("The environment was closed, and its models with it; make it again.")
-        return self._core
-
-    @property
-    def task(self) -> Task:
-        """Models, prompts, limits and β."""
-        return self.core.task
-
-    @property
-    def kl_source(self) -> str:
-        """Who charges the KL: `agent`, `policy` or `reference`."""
-        return self.task.kl_source
-
-    def attach(self, policy: Callable[..., Tensor]) -> None:
-        """Ask this live policy, `(input_ids, attention_mask) -> logits [B, V]`, for log π from now on."""
-        self.task.attach(policy)
-
-    def replay(
-        self,
-        prompts: Sequence[Prompt],
-        responses: Sequence[Sequence[int]],
-        logprobs: Sequence[Sequence[float]] | Tensor | None = None,
-        *,
-        aborted: Sequence[bool] | None = None,
-    ) -> ReplayRecord:
-        """What `step` would have paid for whole responses; see `textenv.replay.replay`."""
-        return replays.replay(self.task, prompts, responses, logprobs, aborted=aborted)
+        self._core = TextCore(Task(EnvOptions.of(options)), rows=1)
+        self.observation_space: Any = observation_space(self.task)
+        self.action_space: Any = spaces.Discrete(self.task.vocab_size)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Start an episode; `options` may choose the prompt."""
+        core = self.core
         super().reset(seed=seed)
-        self.core.reset(np.array([0]), [self.np_random], options)
+        core.reset(np.array([0]), [self.np_random], options)
         self._show()
         return self._observation(), self._info()
 
@@ -169,10 +143,7 @@ class TextEnv(gym.Env[dict[str, np.ndarray], int]):
         core = self.core
         if not core.running[0]:
             raise gym.error.ResetNeeded("The episode has ended or has not begun: call reset() before step().")
-        array = np.asarray(action)
-        if array.shape not in ((), (1,)):
-            raise gym.error.InvalidAction(f"action: expected one token id, got shape {array.shape}")
-        core.step(core.check_actions(array.reshape(1)), np.array([0]))
+        core.step(core.check_actions(_one_action(action)), np.array([0]))
         self._show()
         terminated, truncated = core.endings()
         return self._observation(), float(core.rewards[0]), bool(terminated[0]), bool(truncated[0]), self._info()

@@ -63,8 +63,8 @@ def selected_logprobs_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target, and the entropy of the law that it was drawn from.
 
-    As `selected_logprobs`, with `entropy[b, t] = -sum_v p_v log p_v` for `p = softmax(head(hidden[b, t]) / temperature)`
-    (a token of probability zero adds nothing). Both are differentiable.
+    As `selected_logprobs`, with `entropy[b, t] = -sum_v p_v log p_v` for
+    `p = softmax(head(hidden[b, t]) / temperature)` (a token of probability zero adds nothing). Both are differentiable.
 
     Args:
         hidden: Final hidden states `[B, T, H]`.
@@ -81,10 +81,10 @@ def selected_logprobs_and_entropy(
         ValueError: If shapes disagree, or if `temperature` or `max_chunk_elements` is not positive.
 
     Example:
-        >>> hidden = torch.log(torch.tensor([[[0.5, 0.5], [0.25, 0.75], [1.0, 0.0]]]))
+        >>> hidden = torch.log(torch.tensor([[[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]]))
         >>> logprobs, entropy = selected_logprobs_and_entropy(hidden, torch.nn.Identity(), torch.zeros(1, 3).long())
         >>> entropy
-        tensor([[0.6931, 0.5623, 0.0000]])
+        tensor([[0.6931, 0.5623, 0.3251]])
     """
     logprobs, entropy = _compute(hidden, head, targets, temperature, mask, max_chunk_elements, with_entropy=True)
     assert entropy is not None

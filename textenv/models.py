@@ -3,72 +3,35 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from textenv.dropout import disable_dropout
+from textenv.shared import Shared
+
 if TYPE_CHECKING:  # heavy: `import textenv` must not pay for model classes that it may not need
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-_DROPOUT_WORDS = ("dropout", "pdrop", "layerdrop", "drop_path")
-
-
-class Shared:
-    """A handle around a live module (or any callable) that stays one object wherever it is copied to.
-
-    Gymnasium deep-copies an environment's arguments, so a live policy handed over bare would silently become a frozen
-    copy. A deep copy of a `Shared` is the `Shared` itself.
-    """
-
-    def __init__(
-        self, module: Callable[..., Any], within: Callable[[], AbstractContextManager[Any]] | None = None
-    ) -> None:
-        """Wrap `module`.
-
-        Args:
-            module: A module or another callable.
-            within: Makes a context manager that every forward through the handle runs inside, such as the
-                `disable_adapter` of a LoRA model, by which one copy of the weights is both policy and reference.
-        """
-        self.module = module
-        self.within = within
-
-    def scope(self) -> AbstractContextManager[Any]:
-        """The context to run a forward of `module` inside; does nothing without `within`."""
-        return nullcontext() if self.within is None else self.within()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module, inside `within`."""
-        with self.scope():
-            return self.module(*args, **kwargs)
-
-    def __copy__(self) -> Shared:
-        """Return the handle itself."""
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Shared:
-        """Return the handle itself."""
-        return self
-
-    def __repr__(self) -> str:
-        """Name the class of what is shared."""
-        return f"Shared({type(self.module).__name__})"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""`name` or `owner/name`; a path has a slash at an end, or more than one."""
 
 
 def load_config(source: str | Path | Shared, *, argument: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The model's configuration, without its weights.
 
     Args:
-        source: A folder, a name in the local Hugging Face cache, or a `Shared` model.
+        source: A folder, a hub name, or a `Shared` model.
         argument: Name of the caller's argument, for error messages.
         trust_remote_code: Whether to run model code found in the folder.
 
     Raises:
-        ValueError: If there is no such model; nothing is ever downloaded.
+        ValueError: If there is no such model.
     """
     if isinstance(source, Shared):
         config = getattr(source.module, "config", None)
@@ -92,7 +55,7 @@ def load_causal_lm(
     """Load a causal language model with its dropout off.
 
     Args:
-        source: A folder, a name in the local Hugging Face cache, or a `Shared` model, which is returned as it is but
+        source: A folder, a hub name, or a `Shared` model, which is returned as it is but
             for its dropout.
         argument: Name of the caller's argument, for error messages.
         device: Where a loaded model goes; a shared one stays where it is.
@@ -259,31 +222,6 @@ def hidden_states(model: Any, input_ids: Tensor) -> Tensor:
         return backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
-def disable_dropout(module: nn.Module) -> None:
-    """Set every dropout probability in a model to 0, whatever mode it is in.
-
-    `eval()` is no substitute: it would switch gradient checkpointing off too, and one call of `train()` undoes it.
-    Covers dropout modules (LoRA's too), plain attributes such as `attention_dropout`, and configurations, which some
-    models read at every forward.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.p = 0.0
-        _zero_dropout_attributes(part)
-        config = getattr(part, "config", None)
-        if config is not None and not isinstance(config, dict):
-            _zero_dropout_attributes(config)
-            text_config = getattr(config, "text_config", None)
-            if text_config is not None:
-                _zero_dropout_attributes(text_config)
-
-
-def _zero_dropout_attributes(thing: Any) -> None:
-    for name, value in list(vars(thing).items()):
-        if isinstance(value, float) and value != 0.0 and any(word in name for word in _DROPOUT_WORDS):
-            setattr(thing, name, 0.0)
-
-
 def _output_embeddings(module: Any) -> nn.Module:
     embeddings = module.get_output_embeddings()
     if embeddings is None:
@@ -326,15 +264,16 @@ def _no_progress_bar() -> Iterator[None]:
 
 
 def _load(factory: Any, source: str | Path, argument: str, **options: Any) -> Any:
-    """Call `factory.from_pretrained` on a folder or on the local cache, never on the network."""
+    """Call `factory.from_pretrained` on a folder or a hub name; what looks like a path never goes to the network."""
     if not isinstance(source, str | Path):
         raise ValueError(f"{argument} must be a folder, a model name or textenv.Shared(...); got {source!r}")
-    if isinstance(source, Path) and not source.is_dir():
-        raise ValueError(f"{argument} must be a model folder; there is no folder {source}")
+    local = isinstance(source, Path) or Path(source).is_dir() or not _HUB_NAME.fullmatch(source)
+    if local and not Path(source).is_dir():
+        raise ValueError(f"{argument} must be a model folder or a hub name; there is no folder {str(source)!r}")
     try:
-        return factory.from_pretrained(os.fspath(source), local_files_only=True, **options)
+        return factory.from_pretrained(os.fspath(source), local_files_only=local, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
-        if not Path(source).is_dir():
-            reason = "there is no such folder, and no such model in the local cache (nothing is downloaded)"
+        if not local:
+            reason = f"there is no such folder, and the hub did not give it ({reason})"
         raise ValueError(f"{argument}: cannot load {str(source)!r}: {reason}") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -66,6 +68,21 @@ class EnvOptions:
     trust_remote_code: bool = False
     """Whether a model folder may bring Python code."""
 
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> EnvOptions:
+        """Options by name.
+
+        Raises:
+            ValueError: For a name that there is none of, besides what the values themselves raise.
+        """
+        names = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in names:
+                close = difflib.get_close_matches(name, names, n=1)
+                hint = f" (did you mean {close[0]}?)" if close else ""
+                raise ValueError(f"{name}: expected an argument of the environment, one of {', '.join(names)}{hint}")
+        return cls(**given)
+
     def __post_init__(self) -> None:
         """Check each option and each pair."""
         for name, literal in (
@@ -79,24 +96,28 @@ class EnvOptions:
         _positive_int("max_new_tokens", self.max_new_tokens)
         if self.max_prompt_tokens is not None:
             _positive_int("max_prompt_tokens", self.max_prompt_tokens)
-        if not 0 < self.temperature < float("inf"):
+        if not (_is_number(self.temperature) and 0 < self.temperature < float("inf")):
             raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature!r}")
-        if not 0 <= self.missing_eos_penalty < float("inf"):
+        if not (_is_number(self.missing_eos_penalty) and 0 <= self.missing_eos_penalty < float("inf")):
             raise ValueError(f"missing_eos_penalty: expected a finite number >= 0, got {self.missing_eos_penalty!r}")
         as_controller(self.kl_coef)
-        _check_live("policy", self.policy)
-        _check_live("reward", self.reward)
+        for name in ("reference", "reward", "policy"):
+            _check_live(name, getattr(self, name))
+        if self.policy is not None and not callable(self.policy):
+            raise ValueError(f"policy: expected a callable (input_ids, attention_mask) -> logits, got {self.policy!r}")
         self._check_pairs()
         self.torch_dtype  # noqa: B018 - raises for an unknown name
         self.torch_device  # noqa: B018
 
     def _check_pairs(self) -> None:
         if self.kl_source == "policy" and self.policy is None:
-            raise ValueError("kl_source='policy': expected policy= to be given (or call attach(policy) later), got None")
+            raise ValueError(
+                "policy: expected a callable with kl_source='policy', got None; to attach one later leave kl_source out"
+            )
         if self.kl_source in ("agent", "reference") and self.policy is not None:
             raise ValueError(f"policy: expected None under kl_source={self.kl_source!r}, which never asks it")
         if self.length_end == "truncate" and self.kl_credit == "sequence":
-            raise ValueError("kl_credit: expected 'token' with length_end='truncate' (a cut pays no sum), got 'sequence'")
+            raise ValueError("kl_credit: expected 'token' with length_end='truncate' (no sum is paid), got 'sequence'")
         if self.length_end == "truncate" and self.missing_eos_penalty:
             raise ValueError(
                 "missing_eos_penalty: expected 0 with length_end='truncate' (a cut pays nothing), "
@@ -108,7 +129,7 @@ class EnvOptions:
         """`dtype` as torch knows it."""
         dtype = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise ValueError(f"dtype: expected a floating-point type such as 'float32' or 'bfloat16', got {self.dtype!r}")
+            raise ValueError(f"dtype: expected a floating-point type such as 'float32', got {self.dtype!r}")
         return dtype
 
     @property
@@ -125,6 +146,10 @@ def _one_of(name: str, value: Any, legal: Sequence[Any]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, legal))}, got {value!r}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _positive_int(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
@@ -134,4 +159,6 @@ def _check_live(name: str, value: Any) -> None:
     """Gymnasium deep-copies the arguments of an environment: a raw live module would become a frozen copy."""
     owner = getattr(value, "__self__", value)
     if isinstance(owner, torch.nn.Module):
-        raise ValueError(f"{name}: expected a live module to be wrapped, textenv.Shared(module), got {type(owner).__name__}")
+        raise ValueError(
+            f"{name}: expected live modules to be wrapped, textenv.Shared(...), got {type(owner).__name__}"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ def read_prompts(source: Any) -> list[Prompt]:
     """
     if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".txt", ".jsonl"))):
         prompts: list[Prompt] = _read_file(Path(source))
-    elif isinstance(source, str):
-        raise ValueError(f"prompts: expected a list, or a .txt or .jsonl file, got the string {source!r}")
+    elif isinstance(source, str | Mapping) or not isinstance(source, Iterable):
+        raise ValueError(f"prompts: expected a list, a dataset, or a .txt or .jsonl file, got {_short(source)}")
     else:
         columns = getattr(source, "column_names", None)
         if columns is not None and "prompt" not in columns:
             raise ValueError(f"prompts: expected a dataset with a column 'prompt', got columns {columns}")
-        prompts = list(source["prompt"] if columns is not None else source)
+        rows: Any = source
+        prompts = list(rows if columns is None else rows["prompt"])
     if not prompts:
         raise ValueError(f"prompts: expected at least one prompt, got none from {_short(source)}")
     return prompts
@@ -48,7 +49,8 @@ def _read_file(path: Path) -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"prompts: expected a .txt or .jsonl file, got {str(path)!r}")
     try:
-        lines = path.read_text(encoding="utf8").splitlines()
+        # Not splitlines(): it also splits at U+2028 and its like, which JSON strings may hold.
+        lines = path.read_text(encoding="utf8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts: expected a readable text file, got {str(path)!r} ({error})") from error
     if path.suffix == ".txt":
@@ -67,7 +69,7 @@ def _json_prompt(line: str, where: str) -> Prompt:
         raise ValueError(f"prompts: expected JSON at {where}, got {_short(line)} ({error.msg})") from error
     prompt = row.get("prompt") if isinstance(row, dict) else row
     if not isinstance(prompt, str | list):
-        raise ValueError(f"prompts: expected a string, a list of ids, or an object with 'prompt' at {where}, got {_short(row)}")
+        raise ValueError(f"prompts: expected text, ids, or an object with 'prompt' at {where}, got {_short(row)}")
     return prompt
 
 
@@ -123,7 +125,7 @@ def _check_ids(ids: Sequence[int], prompt: Prompt, number: int, vocab_size: int)
         raise ValueError(f"prompts: expected a string or a list of integer ids at {number}, got {_short(prompt)}")
     if array.min() < 0 or array.max() >= vocab_size:
         raise ValueError(f"prompts: expected ids in [0, {vocab_size}), got {_short(prompt)} at {number}")
-    return array.tolist()
+    return [int(token) for token in array]
 
 
 class PromptStream:

@@ -22,7 +22,7 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(self, ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> Tensor:
-        """log π_ref of whole responses, in batches of similar lengths.
+        """Score whole responses, log π_ref of each token, in batches of similar lengths.
 
         Args:
             ids: `[B, L]`, prompt then response, right-padded.
@@ -78,7 +78,7 @@ class ReferenceStepper:
 
     @torch.no_grad()
     def step(self, last_tokens: Tensor, actions: Tensor, rows: Tensor | None) -> Tensor:
-        """log π_ref(a_t | s_t).
+        """Append the last token of s_t and tell log π_ref(a_t | s_t).
 
         Args:
             last_tokens: `[n]`, the last token of s_t.

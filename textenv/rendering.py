@@ -19,9 +19,9 @@ def render_row(core: TextCore, row: int) -> str:
     lines = [_text(core, prompt, response)]
     if response:
         lines += ["", *_table(core, row, response)]
-    total = float(core.history["reward"][row].sum())
+    total = float(core.payments.history["reward"][row].sum())
     state = "running" if reason is FinishReason.NONE else reason.name
-    score = float(core._floats["score"][row])
+    score = float(core.payments.latest["score"][row])
     lines += ["", f"{len(response)} tokens · {state} · score {score:+.3f} · return {total:+.3f}"]
     return "\n".join(lines)
 
@@ -35,12 +35,13 @@ def _text(core: TextCore, prompt: list[int], response: list[int]) -> str:
 
 def _table(core: TextCore, row: int, response: list[int]) -> list[str]:
     tokenizer = core.task.tokenizer
-    known = core._knows_kl
+    waiting = core.task.options.kl_credit == "sequence" and core.state.finish_reasons[row] == FinishReason.NONE
+    ref_known = core.task.reference is not None and not waiting
+    rewards, refs, logprobs = (core.payments.history[key][row].tolist() for key in ("reward", "ref_logprob", "logprob"))
     lines = [f"{'t':>3}  {'id':>6}  {'token':<14} {'log π_ref':>9} {'KL':>8} {'reward':>8}"]
     for step, token in enumerate(response):
         piece = "" if tokenizer is None else repr(tokenizer.convert_ids_to_tokens(token))[1:-1]
-        kl = f"{float(core.history['kl'][row, step]):+8.3f}" if known else f"{'?':>8}"
-        ref = float(core.history["ref_logprob"][row, step])
-        reward = float(core.history["reward"][row, step])
-        lines.append(f"{step:>3}  {token:>6}  {piece:<14.14} {ref:>9.3f} {kl} {reward:>+8.3f}")
+        ref = f"{refs[step]:.3f}" if ref_known else "?"
+        kl = f"{logprobs[step] - refs[step]:+.3f}" if ref_known and core.knows_kl else "?"
+        lines.append(f"{step:>3}  {token:>6}  {piece:<14.14} {ref:>9} {kl:>8} {rewards[step]:>+8.3f}")
     return lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +42,8 @@ def replay(
         ValueError: Naming the row, if a response is empty, goes on after its first stop token, is too long, holds an
             id outside the vocabulary, or ends before either end without being aborted.
     """
+    if not len(prompts):
+        raise ValueError("prompts: expected at least one, got none")
     prompt_ids = task.tokenize(prompts)
     if len(responses) != len(prompt_ids):
         raise ValueError(f"responses: expected {len(prompt_ids)}, one a prompt, got {len(responses)}")
@@ -66,7 +69,9 @@ def replay(
     paid, scores = _scores(task, prompt_ids, response_ids, mask, terminated)
     last = steps == (response_lengths - 1)[:, None]
     penalty = -task.options.missing_eos_penalty * (last & (reasons == FinishReason.LENGTH)[:, None]).float()
-    charges = kl.token_charges(given, ref, kl_coef=task.kl_coef if task.reference else 0.0, kl_source=task.kl_source)
+    charges = kl.token_charges(
+        given, ref, kl_coef=task.kl_coef if task.reference is not None else 0.0, kl_source=task.kl_source
+    )
     charges = kl.credit(charges, mask, task.options.kl_credit)
     return ReplayRecord(
         ids=ids,
@@ -86,16 +91,17 @@ def replay(
 
 
 def _check_response(task: Task, row: int, response: Sequence[int]) -> list[int]:
-    ids = [int(token) for token in response]
+    ids = response.tolist() if isinstance(response, Tensor | np.ndarray) else list(response)
+    limit = task.options.max_new_tokens
     if not ids:
         raise ValueError(f"responses: expected at least one token, got an empty response in row {row}")
-    if len(ids) > task.options.max_new_tokens:
-        raise ValueError(
-            f"responses: expected at most max_new_tokens={task.options.max_new_tokens} tokens, got {len(ids)} in row {row}"
-        )
+    if not all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in ids):
+        raise ValueError(f"responses: expected integer ids, got {ids} in row {row}")
+    if len(ids) > limit:
+        raise ValueError(f"responses: expected at most max_new_tokens={limit} tokens, got {len(ids)} in row {row}")
     if min(ids) < 0 or max(ids) >= task.vocab_size:
         raise ValueError(f"responses: expected ids in [0, {task.vocab_size}), got {ids} in row {row}")
-    return ids
+    return [int(token) for token in ids]
 
 
 def _finish_reasons(task: Task, tokens: Tensor, mask: Tensor, lengths: Tensor, aborted: Sequence[bool]) -> Tensor:

@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from textenv.models import Shared, backbone, hidden_states, unwrap
-
-
-class Decoder(Protocol):
-    """What `RowDecoder` and `RecomputeDecoder` have in common."""
-
-    @property
-    def lengths(self) -> Tensor:
-        """How many tokens each row holds: `[rows]` int64."""
-        ...
-
-    def prefill(self, rows: Tensor | None, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Forget some rows and read new tokens into them; the hidden state of each one's last token `[n, H]`."""
-        ...
-
-    def advance(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Append one token to some rows; the final hidden state at it `[n, H]`."""
-        ...
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these, which become rows 0, 1, ..."""
-        ...
+from textenv.models import Shared, backbone, unwrap
+from textenv.recompute import Decoder, RecomputeDecoder, can_checkpoint, check_prefill, check_size, checkpointing_off
 
 
 def row_decoder(model: Any, rows: int, columns: int) -> Decoder:
@@ -151,7 +129,7 @@ class RowDecoder:
             rows: Number of rows.
             columns: Tokens per row to make room for.
         """
-        _check_size(rows, columns)
+        check_size(rows, columns)
         self._shared = model if isinstance(model, Shared) else Shared(model)
         self._backbone = backbone(model)
         self._device = next(self._backbone.parameters()).device
@@ -162,7 +140,7 @@ class RowDecoder:
         self._lengths = np.zeros(rows, dtype=np.int64)  # on the host: choosing the path must not wait for the device
         self._columns = columns
         self._position_ids = torch.arange(columns, device=self._device)
-        self._checkpointing = [m for m in self._backbone.modules() if _can_checkpoint(m)]
+        self._checkpointing = [m for m in self._backbone.modules() if can_checkpoint(m)]
 
     @property
     def lengths(self) -> Tensor:
@@ -185,11 +163,13 @@ class RowDecoder:
         Raises:
             ValueError: If shapes or lengths do not fit.
         """
-        index, counts = _check_prefill(rows, ids, lengths, len(self._lengths))
+        index, counts = check_prefill(rows, ids, lengths, len(self._lengths))
         width = int(counts.max(initial=0))
         self._lengths[index] = counts
         if width == 0:
-            return torch.zeros(len(ids), self._hidden_size, dtype=self._backbone.dtype, device=self._device)
+            return torch.zeros(
+                len(ids), self._hidden_size, dtype=next(self._backbone.parameters()).dtype, device=self._device
+            )
         self._reserve(width)
         plan = self._plan
         plan.rows = None if rows is None else rows.to(self._device)
@@ -246,7 +226,7 @@ class RowDecoder:
         return unwrap(self._shared).config.get_text_config().hidden_size
 
     def _forward(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor) -> Tensor:
-        with self._shared.scope(), _checkpointing_off(self._checkpointing):
+        with self._shared.scope(), checkpointing_off(self._checkpointing):
             return self._backbone(
                 input_ids=ids,
                 attention_mask=mask,
@@ -264,93 +244,3 @@ class RowDecoder:
         self._position_ids = torch.arange(self._columns, device=self._device)
         for layer in self._layers:
             layer.grow(self._columns)
-
-
-class RecomputeDecoder:
-    """The same interface without a cache: the whole rows are forwarded at each step. Slow, and right for any model."""
-
-    def __init__(self, model: Any, rows: int, columns: int) -> None:
-        """Make room for `rows` rows of `columns` tokens (it grows when a row gets longer)."""
-        _check_size(rows, columns)
-        self._model = model
-        self._checkpointing = [m for m in backbone(model).modules() if _can_checkpoint(m)]
-        self._device = next(backbone(model).parameters()).device
-        self._ids = torch.zeros(rows, columns, dtype=torch.long, device=self._device)
-        self._lengths = np.zeros(rows, dtype=np.int64)
-
-    @property
-    def lengths(self) -> Tensor:
-        """How many tokens each row holds: `[rows]` int64 on the model's device."""
-        return torch.from_numpy(self._lengths.copy()).to(self._device)
-
-    def prefill(self, rows: Tensor | None, ids: Tensor, lengths: Tensor) -> Tensor:
-        """Forget some rows and read new tokens into them; see `RowDecoder.prefill`."""
-        index, counts = _check_prefill(rows, ids, lengths, len(self._lengths))
-        self._reserve(ids.shape[1])
-        self._lengths[index] = counts
-        self._ids[index, : ids.shape[1]] = ids.to(self._device)
-        return self._hidden(index)
-
-    def advance(self, tokens: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Append one token to some rows; see `RowDecoder.advance`."""
-        index = np.arange(len(self._lengths)) if rows is None else rows.cpu().numpy()
-        if tokens.shape != index.shape:
-            raise ValueError(f"tokens must be one per row, {len(index)} in all; got shape {tuple(tokens.shape)}")
-        self._reserve(int(self._lengths[index].max()) + 1)
-        self._ids[index, self._lengths[index]] = tokens.to(self._device)
-        self._lengths[index] += 1
-        return self._hidden(index)
-
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but `rows`, which become rows 0, 1, ..."""
-        index = rows.cpu().numpy()
-        self._ids, self._lengths = self._ids[index], self._lengths[index]
-
-    @torch.no_grad()
-    def _hidden(self, index: np.ndarray) -> Tensor:
-        counts = self._lengths[index]
-        ids = self._ids[index, : max(1, int(counts.max()))]
-        with _checkpointing_off(self._checkpointing):
-            hidden = hidden_states(self._model, ids)
-        last = torch.from_numpy(np.maximum(counts - 1, 0)).to(self._device)
-        return hidden[torch.arange(len(last), device=self._device), last]
-
-    def _reserve(self, columns: int) -> None:
-        if columns > self._ids.shape[1]:
-            more = self._ids.new_zeros(len(self._ids), max(columns, 2 * self._ids.shape[1]) - self._ids.shape[1])
-            self._ids = torch.cat([self._ids, more], dim=1)
-
-
-def _can_checkpoint(module: torch.nn.Module) -> bool:
-    """Whether a module has transformers' gradient-checkpointing switch."""
-    return isinstance(getattr(module, "gradient_checkpointing", None), bool)
-
-
-@contextmanager
-def _checkpointing_off(modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Switch gradient checkpointing off for a while: in train mode transformers would silently drop the cache."""
-    active = [module for module in modules if module.gradient_checkpointing]
-    for module in active:
-        module.gradient_checkpointing = False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in active:
-            module.gradient_checkpointing = True  # type: ignore[assignment]
-
-
-def _check_size(rows: int, columns: int) -> None:
-    if rows < 1 or columns < 1:
-        raise ValueError(f"rows and columns must be positive; got {rows} and {columns}")
-
-
-def _check_prefill(rows: Tensor | None, ids: Tensor, lengths: Tensor, total: int) -> tuple[np.ndarray, np.ndarray]:
-    index = np.arange(total) if rows is None else rows.cpu().numpy()
-    counts = lengths.cpu().numpy()
-    if ids.ndim != 2 or len(ids) != len(index) or counts.shape != index.shape:
-        raise ValueError(
-            f"ids must be [n, P] and lengths [n] with n = {len(index)} rows; got {tuple(ids.shape)} and {counts.shape}"
-        )
-    if len(counts) and (counts.min() < 0 or counts.max() > ids.shape[1]):
-        raise ValueError(f"lengths must be between 0 and {ids.shape[1]}; got {counts.min()} to {counts.max()}")
-    return index, counts

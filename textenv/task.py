@@ -101,7 +101,7 @@ class Task:
 
     @torch.no_grad()
     def policy_logprobs(self, ids: Tensor, lengths: Tensor, actions: Tensor) -> Tensor:
-        """log π(a|s) of the live policy.
+        """Ask the live policy for log π(a|s).
 
         Args:
             ids: `[n, L]`, the states.
@@ -115,13 +115,15 @@ class Task:
         width = int(lengths.max())
         mask = torch.arange(width, device=ids.device) < lengths[:, None]
         logits = self.policy(ids[:, :width], mask.long())
-        if tuple(logits.shape) != (len(ids), self.vocab_size):
-            raise ValueError(
-                f"policy: expected logits of shape {(len(ids), self.vocab_size)} (the reference's vocabulary), "
-                f"got {tuple(logits.shape)}"
-            )
+        shape = (len(ids), self.vocab_size)
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != shape:
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise ValueError(f"policy: expected logits of shape {shape} (the reference's vocabulary), got {got}")
         logits = logits.float() / self.options.temperature
-        return logits.gather(1, actions[:, None])[:, 0] - logits.logsumexp(1)
+        logprobs = logits.gather(1, actions[:, None])[:, 0] - logits.logsumexp(1)
+        if not torch.isfinite(logprobs).all():
+            raise ValueError(f"policy: expected finite log-probs of the chosen tokens, got {logprobs.tolist()}")
+        return logprobs
 
     def _load_reward(self) -> Reward:
         reward = self.options.reward if self.options.reward is not None else embedded.REWARD
@@ -146,18 +148,21 @@ class Task:
 
 
 def _tokenizer(options: EnvOptions, source: str | Path | Shared) -> Any:
-    if options.tokenizer is not None and not isinstance(options.tokenizer, str | Path):
-        return options.tokenizer
-    if options.tokenizer is None and isinstance(source, Shared):
-        return None
-    return models.load_tokenizer(options.tokenizer if options.tokenizer is not None else source, argument="tokenizer")
+    given = options.tokenizer
+    if given is None:
+        return None if isinstance(source, Shared) else models.load_tokenizer(source, argument="tokenizer")
+    if isinstance(given, str | Path):
+        return models.load_tokenizer(given, argument="tokenizer")
+    if not callable(getattr(given, "batch_decode", None)):
+        raise ValueError(f"tokenizer: expected a folder, a hub name or a tokenizer, got {given!r}")
+    return given
 
 
 def _stop_token_ids(options: EnvOptions, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     stops = options.stop_token_ids
     if stops is None:
         stops = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if isinstance(stops, str) or not all(
+    if not isinstance(stops, Sequence) or not all(
         isinstance(stop, int) and not isinstance(stop, bool) and 0 <= stop < vocab_size for stop in stops
     ):
         raise ValueError(f"stop_token_ids: expected ids in [0, {vocab_size}), got {stops!r}")

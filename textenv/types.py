@@ -60,7 +60,8 @@ class ReplayRecord:
     def __post_init__(self) -> None:
         """Hold the record to its own shapes."""
         if self.rewards.shape != self.mask.shape or self.ref_logprobs.shape != self.mask.shape:
-            raise ValueError(f"mask: expected the shape of rewards {tuple(self.rewards.shape)}, got {tuple(self.mask.shape)}")
+            shapes = [tuple(tensor.shape) for tensor in (self.rewards, self.ref_logprobs)]
+            raise ValueError(f"mask: expected that of rewards and ref_logprobs, {shapes}, got {tuple(self.mask.shape)}")
 
     @property
     def attention_mask(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import gymnasium as gym
@@ -14,19 +14,17 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from textenv import replay as replays
 from textenv.core import TextCore
 from textenv.env import observation_space
 from textenv.options import EnvOptions
-from textenv.prompts import Prompt
 from textenv.rendering import render_row
 from textenv.task import Task
-from textenv.types import ReplayRecord
+from textenv.tasked import Tasked
 
 ObsType = Literal["numpy", "torch"]
 
 
-class TextVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
+class TextVectorEnv(Tasked, VectorEnv[dict[str, Any], Any, Any]):
     """N rows of `TextEnv` in one batch, on one device.
 
     Observations, rewards, endings and infos are those of `SyncVectorEnv` over N `TextEnv`s: row i is seeded `seed + i`,
@@ -81,7 +79,7 @@ class TextVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             raise ValueError(f"autoreset_mode: expected one of {legal}, got {autoreset_mode!r}") from error
         self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}
         self.num_envs, self.obs_type, self.render_mode = num_envs, obs_type, render_mode
-        self._core: TextCore | None = TextCore(Task(EnvOptions(**options)), rows=num_envs)
+        self._core = TextCore(Task(EnvOptions.of(options)), rows=num_envs)
         self.single_observation_space = observation_space(self.task)
         self.single_action_space = spaces.Discrete(self.task.vocab_size)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
@@ -90,40 +88,6 @@ class TextVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         self._rng_seeds: list[int] = []
         self._pending = np.zeros(num_envs, dtype=bool)
         """Rows whose episode has ended and that have not begun anew."""
-
-    # ------------------------------------------------------------------------------------------------- the task
-
-    @property
-    def core(self) -> TextCore:
-        """The N rows."""
-        if self._core is None:
-            raise gym.error.ClosedEnvironmentError("The environment was closed, and its models with it; make it again.")
-        return self._core
-
-    @property
-    def task(self) -> Task:
-        """Models, prompts, limits and β."""
-        return self.core.task
-
-    @property
-    def kl_source(self) -> str:
-        """Who charges the KL: `agent`, `policy` or `reference`."""
-        return self.task.kl_source
-
-    def attach(self, policy: Callable[..., Tensor]) -> None:
-        """Ask this live policy, `(input_ids, attention_mask) -> logits [B, V]`, for log π from now on."""
-        self.task.attach(policy)
-
-    def replay(
-        self,
-        prompts: Sequence[Prompt],
-        responses: Sequence[Sequence[int]],
-        logprobs: Sequence[Sequence[float]] | Tensor | None = None,
-        *,
-        aborted: Sequence[bool] | None = None,
-    ) -> ReplayRecord:
-        """What `step` would have paid for whole responses; see `textenv.replay.replay`."""
-        return replays.replay(self.task, prompts, responses, logprobs, aborted=aborted)
 
     # ------------------------------------------------------------------------------------------------- the protocol
 
@@ -148,16 +112,14 @@ class TextVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             seed: Row i is seeded `seed + i`; or one seed (or None) a row.
             options: `prompt_index` or `prompt`, one for all or one a row; `reset_mask`, `[N]` bool, names the rows.
         """
-        options = dict(options or {})
-        rows = self._reset_rows(options.pop("reset_mask", None))
-        seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else seed
-        if seeds is not None and len(seeds) != self.num_envs:
-            raise ValueError(f"seed: expected an integer or {self.num_envs} of them, got {len(seeds)}")
-        self._seed(seeds or [None] * self.num_envs, rows)
-        self.core.reset(rows, self._rngs, options)
+        core, options = self.core, dict(options or {})
+        rows = _rows_of(options.pop("reset_mask", None), self.num_envs)
+        self._seed(self._row_seeds(seed), rows)
+        core.reset(rows, self._rngs, options)
         self._pending[rows] = False
         began = np.zeros(self.num_envs, dtype=bool)
         began[rows] = True
+        self._show()
         return self._observation(), self._pack(self._core_info(), began)
 
     def step(self, actions: Any) -> tuple[dict[str, Any], Any, Any, Any, dict[str, Any]]:
@@ -172,13 +134,16 @@ class TextVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             raise gym.error.ResetNeeded("Some rows have not begun: call reset() before step().")
         if self.autoreset_mode is AutoresetMode.DISABLED and self._pending.any():
             raise gym.error.ResetNeeded(
-                f"Rows {np.flatnonzero(self._pending).tolist()} have ended: reset them with options={{'reset_mask': ...}}."
+                f"Rows {np.flatnonzero(self._pending).tolist()} have ended: "
+                "reset them with options={'reset_mask': ...}."
             )
-        acting, resting = ~self._pending, self._pending.copy()
         tensor = core.check_actions(actions)
-        if resting.any():
-            core.reset(np.flatnonzero(resting), self._rngs, None)
-        core.step(tensor, np.flatnonzero(acting))
+        resting = np.flatnonzero(self._pending)
+        # Acting comes first: if it raises, the rows that wait have not drawn their prompts.
+        core.step(tensor, np.flatnonzero(~self._pending))
+        if len(resting):
+            core.reset(resting, self._rngs, None)
+        self._show()
         rewards, (terminated, truncated) = core.rewards, core.endings()
         self._pending = (terminated | truncated).cpu().numpy()
         infos: dict[str, Any] = {}
@@ -187,7 +152,6 @@ class TextVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
             core.reset(np.flatnonzero(self._pending), self._rngs, None)
             self._pending[:] = False
         infos |= self._pack(self._core_info(), np.ones(self.num_envs, dtype=bool))
-        self._show()
         return self._observation(), self._out(rewards, np.float64), self._out(terminated), self._out(truncated), infos
 
     def render(self) -> tuple[str, ...] | None:
@@ -202,15 +166,14 @@ class TextVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
 
     # ------------------------------------------------------------------------------------------------- helpers
 
-    def _reset_rows(self, mask: Any) -> np.ndarray:
-        if mask is None:
-            return np.arange(self.num_envs)
-        mask = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
-        if not isinstance(mask, np.ndarray) or mask.shape != (self.num_envs,) or mask.dtype != np.bool_ or not mask.any():
-            raise ValueError(
-                f"options['reset_mask']: expected a boolean array of shape ({self.num_envs},) with a True, got {mask!r}"
-            )
-        return np.flatnonzero(mask)
+    def _row_seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, int | np.integer):
+            return [int(seed) + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise ValueError(f"seed: expected an integer or {self.num_envs} of them, got {len(seed)}")
+        return [None if one is None else int(one) for one in seed]
 
     def _seed(self, seeds: Sequence[int | None], rows: np.ndarray) -> None:
         if not self._rngs:
@@ -267,3 +230,16 @@ class TextVectorEnv(VectorEnv[dict[str, Any], Any, Any]):
         if self.render_mode == "human":
             for row in range(self.num_envs):
                 print(f"[{row}] {render_row(self.core, row)}", end="\n\n")
+
+
+def _rows_of(mask: Any, num_envs: int) -> np.ndarray:
+    """The rows that `reset_mask` names; None: all."""
+    if mask is None:
+        return np.arange(num_envs)
+    mask = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
+    fits = isinstance(mask, np.ndarray) and mask.shape == (num_envs,) and mask.dtype == np.bool_
+    if not (fits and mask.any()):
+        raise ValueError(
+            f"options['reset_mask']: expected a boolean array of shape ({num_envs},) with a True, got {mask!r}"
+        )
+    return np.flatnonzero(mask)

@@ -79,7 +79,7 @@ def check_request(
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompts must not be empty; row {row} is")
-        if not (0 <= min(prompt) and max(prompt) < vocab_size):
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ValueError(f"prompts must hold ids from 0 to {vocab_size - 1}; row {row} does not")
         if context is not None and len(prompt) + max_new_tokens > context:
             raise ValueError(

@@ -16,6 +16,7 @@ from scripts.embedding.stories import Story
 from scripts.embedding.tokenization import decode, encode
 
 _WORD = re.compile(r"[a-z']+")
+_PLAIN = re.compile(r"[A-Z][A-Za-z',. ]+")
 SPACE, NEWLINE = "Ġ", "Ċ"
 
 
@@ -32,9 +33,7 @@ def cut(pieces: Sequence[str], chooser: random.Random, shortest: int = 5, longes
     return chooser.choice(ends) if ends else 0
 
 
-def openings_of(
-    rows: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerFast, chooser: random.Random
-) -> list[str]:
+def openings_of(rows: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerFast, chooser: random.Random) -> list[str]:
     """One opening per row of ids (BOS first), where the row has one."""
     heads = []
     for row in rows:
@@ -69,7 +68,7 @@ class Collector:
             and opening not in self.found
             and len(words) >= 3
             and self.words.issuperset(words)
-            and opening[0].isupper()
+            and _PLAIN.fullmatch(opening)
             and self.beginnings[beginning] < self.most
         ):
             self.found[opening] = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,8 @@ def sample_teacher(config: Config, path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     generator = make_generator(config.device, config.seed)
     stories: list[Story] = []
-    while len(stories) < config.teacher_stories:
+    began = time.perf_counter()
+    while len(stories) < config.teacher_stories and time.perf_counter() - began < 60.0 * config.teacher_minutes:
         # Its stories begin and end with the same id.
         start = torch.full((config.sample_rows, 1), tokenizer.bos_token_id, device=config.device)
         rows, lengths = sample(
@@ -59,7 +61,9 @@ def sample_teacher(config: Config, path: Path) -> None:
         ended = [row[-1] == tokenizer.bos_token_id for row in ids]
         texts = tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=True)
         stories += [
-            Story(clean(text), end) for text, end in zip(texts, ended, strict=True) if len(text) > 100 and text.isascii()
+            Story(clean(text), end)
+            for text, end in zip(texts, ended, strict=True)
+            if len(text) > 100 and text.isascii()
         ]
         log(f"  {len(stories)} stories sampled, {sum(ended) / len(ended):.0%} of the last batch ended")
     path.write_text(json.dumps(stories[: config.teacher_stories]))

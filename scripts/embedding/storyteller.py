@@ -54,12 +54,16 @@ def train_one(
     generator = make_generator(config.device, config.seed + 1)
     real_rows = max(1, round(share * config.batch_rows))
 
-    def batch_at(_: int) -> tuple[Tensor]:
+    def batch_at(step: int) -> tuple[Tensor]:
         some_real = torch.randint(len(real), (real_rows,), device=config.device, generator=generator)
         some_sampled = torch.randint(
             len(sampled), (config.batch_rows - real_rows,), device=config.device, generator=generator
         )
-        return (torch.cat([real[some_real], sampled[some_sampled]]).long(),)
+        rows = torch.cat([real[some_real], sampled[some_sampled]]).long()
+        if step % 4:
+            return (rows[:, : config.short_rows + 1],)
+        few = rows[torch.randperm(len(rows), device=rows.device, generator=generator)]
+        return (few[: max(1, len(rows) * config.short_rows // config.context)],)
 
     def loss_of(rows: Tensor) -> Tensor:
         return token_losses(model, rows, pad_id).sum() / (rows[:, 1:] != pad_id).sum()

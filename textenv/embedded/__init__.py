@@ -1,7 +1,7 @@
 """The small models and prompts that make ``gym.make("RLHF-Text-v0")`` work without arguments and without a network.
 
-Nothing is loaded here; these are paths. ``MODEL_CARD.md`` beside this file says what the models are, how they were made and
-what they cannot do.
+Nothing is loaded here; these are paths. ``MODEL_CARD.md`` beside this file says what the models are, how they were
+made and what they cannot do.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 _FOLDER = Path(__file__).resolve().parent
 
 STORYTELLER: Path = _FOLDER / "storyteller"
-"""Folder of the story-telling language model and its tokenizer: the default policy's start and the default reference."""
+"""Folder of the story-telling language model and its tokenizer: the default policy's start and reference."""
 
 REWARD: Path = _FOLDER / "reward"
 """Folder of the reward model (a sequence classifier with one label) and the same tokenizer.

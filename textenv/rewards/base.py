@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,7 +34,9 @@ class TextDecoder:
     stop_token_ids: frozenset[int]
     """Ids that are cut off the end of a response."""
 
-    def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> tuple[list[str], list[str]]:
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+    ) -> tuple[list[str], list[str]]:
         """Prompt and response texts, without special and stop tokens.
 
         A response is decode(prompt + response) with decode(prompt) cut off: decoded alone it would lose the leading
@@ -45,14 +46,17 @@ class TextDecoder:
         bodies = [list(r[:-1]) if len(r) and r[-1] in self.stop_token_ids else list(r) for r in responses]
         wholes = self._decode([list(p) + body for p, body in zip(prompts, bodies, strict=True)])
         starts = self._decode([list(p) for p in prompts])
-        cut = [
-            whole[len(start) if whole.startswith(start) else len(os.path.commonprefix([whole, start])) :]
-            for whole, start in zip(wholes, starts, strict=True)
-        ]
-        return starts, cut
+        return starts, [whole[_common(whole, start) :] for whole, start in zip(wholes, starts, strict=True)]
 
     def _decode(self, rows: list[list[int]]) -> list[str]:
         return self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _common(whole: str, start: str) -> int:
+    """How many characters the two begin with in common."""
+    if whole.startswith(start):
+        return len(start)
+    return next(i for i, (a, b) in enumerate(zip(whole + "\0", start + "\1", strict=False)) if a != b)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ class Reward:
             try:
                 self.function(prompts[row : row + 1], responses[row : row + 1])
             except Exception as again:
-                raise ValueError(f"reward: raised {_describe(again)} for {_where((prompts, responses), row)}") from error
+                where = _where((prompts, responses), row)
+                raise ValueError(f"reward: raised {_describe(again)} for {where}") from error
         raise ValueError(
             f"reward: raised {_describe(error)} for {len(prompts)} responses together, the first being "
             f"{_where((prompts, responses), 0)}"
@@ -110,7 +115,8 @@ class Reward:
             values = _as_array(answer)
             expected = (len(responses[row]),) if self.per_token else ()
             if values is None or values.shape != expected:
-                raise ValueError(f"reward: expected {_expected(self.per_token, responses[row])}, got {answer!r} for {_where(given, row)}")
+                wanted = _expected(self.per_token, responses[row])
+                raise ValueError(f"reward: expected {wanted}, got {answer!r} for {_where(given, row)}")
             if not np.isfinite(values).all():
                 raise ValueError(f"reward: expected finite scores, got {answer!r} for {_where(given, row)}")
             rows.append(values)
@@ -156,7 +162,9 @@ def as_reward(function: Any, *, tokenizer: Any, stop_token_ids: Sequence[int]) -
         ValueError: If it is not callable, wants strings without a tokenizer, or is per token without ids.
     """
     if not callable(function):
-        raise ValueError(f"reward: expected a folder, a hub name or a callable (prompts, responses) -> scores, got {function!r}")
+        raise ValueError(
+            f"reward: expected a folder, a hub name or a callable (prompts, responses) -> scores, got {function!r}"
+        )
     wants_ids = bool(getattr(function, "wants_ids", False))
     per_token = bool(getattr(function, "per_token", False))
     if per_token and not wants_ids:

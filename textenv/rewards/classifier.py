@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,9 +43,14 @@ class ClassifierReward:
         """
         self.source = source
         self.batch_tokens = batch_tokens
-        self.model, self.tokenizer = load_classifier(
+        model, self.tokenizer = load_classifier(
             source, argument="reward", device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
+        self.model: Any = model
+        if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+            raise ValueError(
+                f"reward: expected a classifier with a linear head named score, got {type(model).__name__}"
+            )
         self.bias = float(getattr(self.model.config, "reward_bias", 0.0))
         self.context = getattr(self.model.config, "max_position_embeddings", None)
 
@@ -53,7 +59,7 @@ class ClassifierReward:
         rows = self.tokenizer([p + r for p, r in zip(prompts, responses, strict=True)])["input_ids"]
         for row, ids in enumerate(rows):
             if not ids or (self.context is not None and len(ids) > self.context):
-                raise ValueError(f"expected 1 to {self.context} tokens for the reward model, got {len(ids)} in text {row}")
+                raise ValueError(f"expected 1 to {self.context} tokens, got {len(ids)} in text {row}")
         return self.score_ids(rows)
 
     @torch.no_grad()
@@ -76,4 +82,6 @@ class ClassifierReward:
         backbone = getattr(self.model, self.model.base_model_prefix)
         hidden = backbone(input_ids=padded, attention_mask=mask.long(), use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(rows), device=device), lengths - 1]
-        return torch.nn.functional.linear(last.float(), self.model.score.weight.float()).squeeze(-1) + self.bias
+        head = self.model.score
+        bias = None if head.bias is None else head.bias.float()
+        return torch.nn.functional.linear(last.float(), head.weight.float(), bias).squeeze(-1) + self.bias

@@ -1,0 +1,144 @@
+"""Train a language model with PPO, and show what changed.
+
+Without flags it trains the embedded storyteller to write happier stories, evaluates it before and after on openings it
+was not trained on, and writes everything to `runs/ppo`: `metrics.jsonl`, TensorBoard events, `samples.md`,
+`learning_curve.png`, `report.html`, and the policy as a Hugging Face folder.
+
+    python scripts/train_ppo.py
+    python scripts/train_ppo.py --policy.model my-sft-model --env.reward my-reward-model --env.prompts prompts.txt
+    python scripts/train_ppo.py --out runs/ppo --resume
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+
+import textenv
+from agents import PPO, Evaluation, PPOConfig, ValueHeadLM
+from agents.report import print_comparison, write_report
+from agents.tracking import MetricsFile, Progress, TensorBoard, Trackers, read_metrics
+from scripts.options import EnvFlags, device_of, heldout_prompts, make_env
+
+
+@dataclass(frozen=True)
+class PolicyFlags:
+    """The policy."""
+
+    model: str | None = None
+    """Folder or hub name of the model to train; the reference if absent."""
+    critic: str = "separate"
+    """`shared` (a value head on the policy's trunk), `separate`, or the folder of a reward model to start from."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters; 0 trains all weights. With adapters the base model is also the reference."""
+    gradient_checkpointing: bool = False
+    """Less memory, a third more time."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Train a language model with PPO."""
+
+    policy: PolicyFlags = field(default_factory=PolicyFlags)
+    env: EnvFlags = field(default_factory=EnvFlags)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    iterations: int = 40
+    """Updates to do in all."""
+    save_every: int = 10
+    """Updates between checkpoints; 0: at the end only."""
+    out: Path = Path("runs/ppo")
+    """Folder of everything that is written."""
+    resume: bool = False
+    """Go on from the checkpoint in `out`."""
+    threads: int | None = None
+    """CPU threads; PyTorch's choice if absent."""
+
+
+def main(flags: Flags) -> None:
+    """Evaluate, train, evaluate again, report."""
+    console = Console()
+    if flags.threads is not None:
+        torch.set_num_threads(flags.threads)
+    torch.manual_seed(flags.ppo.seed)
+    agent, heldout = build(flags)
+    checkpoint, policy_folder = flags.out / "checkpoint", flags.out / "policy"
+    flags.out.mkdir(parents=True, exist_ok=True)
+    model = flags.policy.model or flags.env.reference or "the embedded storyteller"
+    parameters = sum(p.numel() for p in agent.policy.lm.parameters()) / 1e6
+    console.print(f"[bold]PPO[/] on {model} ({parameters:.1f}M parameters, {agent.task.device}) → {flags.out}")
+    before = _first_evaluation(flags.out / "before.json", agent, heldout, fresh=not flags.resume)
+    start = time.perf_counter()
+    with Trackers(
+        [
+            MetricsFile(flags.out / "metrics.jsonl", agent.updates + 1 if flags.resume else 0),
+            TensorBoard(flags.out / "tensorboard", agent.updates + 1),
+            Progress(flags.iterations, agent.updates),
+        ]
+    ) as trackers:
+
+        def after_update(update: int, metrics: Any) -> None:
+            trackers.log(update, metrics)
+            if flags.save_every and update % flags.save_every == 0:
+                agent.save(checkpoint)
+
+        agent.learn(max(0, flags.iterations - agent.updates), after_update, folder=flags.out)
+    console.print(f"trained in {time.perf_counter() - start:.0f} s")
+    agent.save(checkpoint)
+    agent.policy.save_pretrained(policy_folder, agent.task.tokenizer)
+    after = agent.evaluate(heldout)
+    after.save(flags.out / "after.json")
+    write_report(flags.out, read_metrics(flags.out / "metrics.jsonl"), before, after, asdict(flags))
+    print_comparison(console, before, after)
+    console.print(f"[dim]report[/] {flags.out}/report.html   [dim]policy[/] {policy_folder}   [dim]talk to it[/] python scripts/chat.py --model {policy_folder}")
+
+
+def build(flags: Flags) -> tuple[PPO, list[Any]]:
+    """The agent, new or from its checkpoint, and the held-out prompts."""
+    heldout = heldout_prompts(flags.env)
+    if flags.resume and flags.policy.lora_rank == 0:
+        agent = PPO.load(flags.out / "checkpoint", make_env(flags.env), eval_prompts=heldout)
+        return agent, heldout
+    source = flags.policy.model or flags.env.reference or textenv.embedded.STORYTELLER
+    policy = ValueHeadLM.from_pretrained(
+        flags.out / "checkpoint" if flags.resume else source,
+        critic=None if flags.resume else flags.policy.critic,
+        device=device_of(flags.env.device),
+        lora=_lora(flags.policy.lora_rank),
+        gradient_checkpointing=flags.policy.gradient_checkpointing,
+        trust_remote_code=flags.env.trust_remote_code,
+    )
+    reference, tokenizer_flags = None, flags.env
+    if flags.policy.lora_rank:
+        from dataclasses import replace
+
+        reference = policy.reference()
+        tokenizer_flags = replace(flags.env, tokenizer=flags.env.tokenizer or str(source))
+    envs = make_env(tokenizer_flags, reference=reference)
+    return PPO(policy, envs, flags.ppo, eval_prompts=heldout), heldout
+
+
+def _lora(rank: int) -> Any:
+    if rank == 0:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _first_evaluation(path: Path, agent: PPO, heldout: list[Any], *, fresh: bool) -> Evaluation:
+    """The untrained policy's; a resumed run has it on disk."""
+    if not fresh and path.exists():
+        return Evaluation.load(path)
+    evaluation = agent.evaluate(heldout)
+    evaluation.save(path)
+    return evaluation
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags, description=__doc__))
