@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,9 +30,12 @@ def save(agent: PPO, folder: Path) -> None:
     """Write everything that `load` needs.
 
     Raises:
+        ValueError: If `folder` holds something else than a checkpoint, which would be lost.
         OSError: If it cannot be written; what `folder` held before is untouched.
     """
-    folder = Path(folder)
+    folder = folder.resolve()
+    if folder.exists() and not (folder / STATE).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"folder: expected a checkpoint, which is replaced, or nothing at all, got {str(folder)!r}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside, previous = _beside(folder, "writing"), _beside(folder, "previous")
     shutil.rmtree(aside, ignore_errors=True)
@@ -42,6 +46,7 @@ def save(agent: PPO, folder: Path) -> None:
         save_file(tensors, aside / OPTIMIZER)
         state = {
             "format": FORMAT,
+            "dtype": str(next(agent.policy.lm.parameters()).dtype).removeprefix("torch."),
             "config": asdict(agent.config),
             "updates": agent.updates,
             "schedule_updates": agent.schedule_updates,
@@ -56,8 +61,9 @@ def save(agent: PPO, folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     # A folder cannot be replaced in one step; between these two renames `load` finds the previous one by its name.
-    shutil.rmtree(previous, ignore_errors=True)
+    # Without a folder, what has that name may be the only whole checkpoint: it goes when the new one is in place.
     if folder.exists():
+        shutil.rmtree(previous, ignore_errors=True)
         folder.rename(previous)
     aside.rename(folder)
     _sync_folder(folder.parent)
@@ -70,21 +76,23 @@ def load(
     envs: Any,
     sampler: Sampler | None,
     eval_prompts: Sequence[Any] | None,
-    policy_options: Mapping[str, Any],
+    policy: ValueHeadLM | None,
 ) -> PPO:
-    """An agent that goes on where `save` stopped."""
+    """An agent that goes on where `save` stopped; see `PPO.load`."""
+    folder = folder.resolve()
     if not folder.exists() and _beside(folder, "previous").exists():
         folder = _beside(folder, "previous")
     state = _read_state(folder)
     task = envs.unwrapped.task
-    policy = ValueHeadLM.from_pretrained(folder, **{"device": task.device, **policy_options})
+    if policy is None:
+        policy = ValueHeadLM.from_pretrained(folder, device=task.device, dtype=getattr(torch, state["dtype"]))
     agent = cls(policy, envs, PPOConfig(**state["config"]), sampler, eval_prompts=eval_prompts)
     agent.updates, agent.schedule_updates = state["updates"], state["schedule_updates"]
     if state["best_objective"] is not None:
         agent.best_objective = state["best_objective"]
     agent.prompts.load_state_dict(state["prompts"])
     task.controller.load_state_dict(state["kl_controller"])
-    _load_optimizer(agent, load_file(folder / OPTIMIZER), state["optimizer_steps"])
+    _load_optimizer(agent, _read_tensors(folder / OPTIMIZER), state["optimizer_steps"])
     return agent
 
 
@@ -98,8 +106,16 @@ def _read_state(folder: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"folder: expected a checkpoint with {STATE}, got {str(folder)!r} ({error})") from error
     if state.get("format") != FORMAT:
-        raise ValueError(f"folder: expected a checkpoint of format {FORMAT}, got {state.get('format')!r} in {str(folder)!r}")
+        got = f"{state.get('format')!r} in {str(folder)!r}"
+        raise ValueError(f"folder: expected a checkpoint of format {FORMAT}, got {got}")
     return state
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"folder: expected a readable {path.name}, got {str(path)!r} ({error})") from error
 
 
 def _parameters(agent: PPO) -> list[tuple[str, torch.nn.Parameter]]:
@@ -120,9 +136,12 @@ def _optimizer_tensors(agent: PPO) -> tuple[dict[str, Tensor], dict[str, float]]
 
 
 def _load_optimizer(agent: PPO, tensors: Mapping[str, Tensor], steps: Mapping[str, float]) -> None:
-    for name, parameter in _parameters(agent):
-        if name not in steps:
-            continue
+    parameters = dict(_parameters(agent))
+    unknown = sorted(steps.keys() - parameters.keys())
+    if unknown:
+        raise ValueError(f"folder: expected a checkpoint of this model, got one with {unknown[0]}, which it has not")
+    for name in steps:
+        parameter = parameters[name]
         moments = {key: tensors.get(f"{name}/{key}") for key in ("exp_avg", "exp_avg_sq")}
         for key, moment in moments.items():
             if moment is None or moment.shape != parameter.shape:

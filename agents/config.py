@@ -33,7 +33,7 @@ class PPOConfig:
     lr_schedule: LrSchedule = "linear"
     """How both fall from update to update, to 0 after `schedule_updates`."""
     schedule_updates: int | None = None
-    """Length of the schedule; None: what the first `learn` is asked for."""
+    """Length of the schedule; None: as many as `learn` has been asked for in all."""
     warmup_updates: int = 0
     """Updates over which both rise linearly first."""
     critic_warmup_updates: int = 0
@@ -87,7 +87,8 @@ class PPOConfig:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         if self.minibatches > self.batch_episodes:
-            raise ValueError(f"minibatches: expected at most batch_episodes={self.batch_episodes}, got {self.minibatches}")
+            limit = f"batch_episodes={self.batch_episodes}"
+            raise ValueError(f"minibatches: expected at most {limit}, got {self.minibatches}")
         for name in ("learning_rate", "clip_eps", "value_coef", "trunk_value_coef", "entropy_coef", "adam_eps"):
             _number(name, getattr(self, name))
         for name in ("critic_learning_rate", "clip_eps_high", "value_clip_eps", "max_grad_norm", "score_clip"):
@@ -97,10 +98,22 @@ class PPOConfig:
             _number("max_update_kl", self.max_update_kl)
         for name in ("gamma", "gae_lambda", "value_stats_decay"):
             _number(name, getattr(self, name), high=1.0)
-        if self.dual_clip is not None and not self.dual_clip > 1:
+        if self.dual_clip is not None and (not isinstance(self.dual_clip, int | float) or not self.dual_clip > 1):
             raise ValueError(f"dual_clip: expected a number > 1, got {self.dual_clip!r}")
+        for name in ("whiten_advantages", "whiten_rewards"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        if self.bf16 is not None and not isinstance(self.bf16, bool):
+            raise ValueError(f"bf16: expected True, False or None, got {self.bf16!r}")
         if self.lr_schedule not in get_args(LrSchedule):
-            raise ValueError(f"lr_schedule: expected one of {', '.join(get_args(LrSchedule))}, got {self.lr_schedule!r}")
+            raise ValueError(
+                f"lr_schedule: expected one of {', '.join(get_args(LrSchedule))}, got {self.lr_schedule!r}"
+            )
+
+    @property
+    def forward_episodes(self) -> int:
+        """Episodes of one forward: a microbatch, or a whole minibatch."""
+        return self.microbatch_episodes or -(-self.batch_episodes // self.minibatches)
 
 
 def _at_least(name: str, value: object, low: int) -> None:

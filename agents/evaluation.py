@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from agents.policy import ValueHeadLM
 from agents.rollout import sample_responses
 from agents.sampling import Sampler, TransformersSampler
 from textenv.prompts import Prompt
@@ -25,7 +27,7 @@ class Evaluation:
     responses: list[str]
     """As text."""
     scores: list[float]
-    """What the reward function gave."""
+    """What the reward function gave; 0 where the response was cut unscored."""
     kls: list[float]
     """Σ_t log π − log π_ref of each response, in nats; zeros without a reference."""
     lengths: list[int]
@@ -70,26 +72,42 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     >>> distinct_n(["a b a b", "a b"], 2)
     0.5
     """
-    grams = [gram for words in (text.lower().split() for text in texts) for gram in zip(*(words[i:] for i in range(n)))]
+    words = [text.lower().split() for text in texts]
+    grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 @torch.no_grad()
 def evaluate(
-    policy: Any, envs: Any, prompts: Sequence[Prompt], *, sampler: Sampler | None = None, seed: int = 0
+    policy: ValueHeadLM,
+    envs: Any,
+    prompts: Sequence[Prompt],
+    *,
+    sampler: Sampler | None = None,
+    seed: int = 0,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Evaluation:
     """Sample one response a prompt and score it.
 
     Args:
-        policy: A `ValueHeadLM`.
+        policy: What is evaluated.
         envs: A `TextEnv` or `TextVectorEnv`, wrapped or not; says how to sample and what it is worth.
         prompts: Text or ids.
         sampler: None: `TransformersSampler(policy)`.
         seed: Of the samples; the same seed gives the same responses.
+        autocast: Makes the context of sampling; reference and reward stay in the environment's precision.
+
+    Raises:
+        ValueError: If there are no prompts, or the policy has another vocabulary than the environment.
     """
     task = envs.unwrapped.task
+    if not len(prompts):
+        raise ValueError("prompts: expected at least one, got none")
+    if policy.vocab_size != task.vocab_size:
+        raise ValueError(f"policy: expected the environment's vocabulary of {task.vocab_size}, got {policy.vocab_size}")
     ids = task.tokenize(prompts)
-    samples = sample_responses(sampler or TransformersSampler(policy), task, ids, seed)
+    with autocast():
+        samples = sample_responses(sampler or TransformersSampler(policy), task, ids, seed)
     # The sampler's own log-probs: these are the sampled policy's.
     record = envs.unwrapped.replay(ids, samples.responses, samples.logprobs)
     kls = torch.zeros(len(ids))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from agents import checkpoint
 from agents.config import PPOConfig
@@ -21,7 +20,7 @@ from agents.policy import ValueHeadLM
 from agents.rollout import Rollout, collect
 from agents.sampling import Sampler, TransformersSampler
 from agents.schedule import lr_factor
-from agents.update import Targets, microbatch_loss, targets
+from agents.update import Targets, minibatches, optimizer_step, targets
 from agents.value_scale import update_value_scale
 from textenv.prompts import Prompt, PromptStream
 
@@ -98,8 +97,10 @@ class PPO:
         Returns:
             The metrics of each update.
         """
-        if self.schedule_updates is None:
-            self.schedule_updates = self.updates + iterations
+        if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
+            raise ValueError(f"iterations: expected an integer >= 0, got {iterations!r}")
+        if self.config.schedule_updates is None:
+            self.schedule_updates = max(self.schedule_updates or 0, self.updates + iterations)
         history = []
         for _ in range(iterations):
             rollout = self.collect()
@@ -127,7 +128,7 @@ class PPO:
             self.sampler,
             chosen,
             seed=self._seed(0),
-            microbatch_episodes=self._microbatch_episodes,
+            microbatch_episodes=self.config.forward_episodes,
             gamma=self.config.gamma,
             score_clip=self.config.score_clip,
             autocast=self._autocast,
@@ -146,13 +147,25 @@ class PPO:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         sums: defaultdict[str, float] = defaultdict(float)
-        generator = torch.Generator().manual_seed(self._seed(1))
-        for rows in self._minibatches(len(rollout.ids), generator):
-            if not self._step(rollout.select(rows), Targets(*(t[rows] for t in target)), sums):
+        for rows in minibatches(len(rollout.ids), config, self._seed(1)):
+            found = optimizer_step(
+                self.policy,
+                self.optimizer,
+                rollout.select(rows.to(rollout.ids.device)),
+                Targets(*(t[rows.to(t.device)] for t in target)),
+                config,
+                temperature=self.task.options.temperature,
+                critic_only=self.updates < config.critic_warmup_updates,
+                autocast=self._autocast,
+            )
+            if found is None:
                 break
-        self.updates += 1
-        self.task.controller.update(float(rollout.kl.sum(1).mean()), len(rollout.ids))
+            for name, value in found.items():
+                sums[name] += value
+        # Before the controller moves: these are told with the β that was paid.
         metrics = rollout_metrics(rollout, target.returns, self.task) | update_metrics(sums)
+        self.task.controller.update(float(rollout.kl.sum(1).mean()), len(rollout.ids))
+        self.updates += 1
         metrics["lr"] = config.learning_rate * factor
         metrics["time/update"] = time.perf_counter() - start
         metrics["time/total"] = metrics["time/update"] + sum(rollout.seconds.values())
@@ -164,8 +177,7 @@ class PPO:
         chosen = self.eval_prompts if prompts is None else self.task.tokenize(prompts)
         if not chosen:
             raise ValueError("prompts: expected some, because the agent has no eval_prompts, got none")
-        with self._autocast():
-            return evaluate(self.policy, self.envs, chosen, sampler=self.sampler, seed=seed)
+        return evaluate(self.policy, self.envs, chosen, sampler=self.sampler, seed=seed, autocast=self._autocast)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -184,7 +196,7 @@ class PPO:
         sampler: Sampler | None = None,
         *,
         eval_prompts: Sequence[Prompt] | None = None,
-        **policy_options: Any,
+        policy: ValueHeadLM | None = None,
     ) -> PPO:
         """Go on from a checkpoint.
 
@@ -193,18 +205,15 @@ class PPO:
             envs: The environment that it learnt in, made again.
             sampler: As in the constructor.
             eval_prompts: As in the constructor.
-            **policy_options: Of `ValueHeadLM.from_pretrained`, such as `device` and `gradient_checkpointing`.
+            policy: `ValueHeadLM.from_pretrained(folder, ...)` with options of your own, or made before the environment
+                because its `reference()` is the environment's; None: loaded here.
 
         Raises:
             ValueError: If the folder holds no checkpoint, or one of another model.
         """
-        return checkpoint.load(cls, Path(folder), envs, sampler, eval_prompts, policy_options)
+        return checkpoint.load(cls, Path(folder), envs, sampler, eval_prompts, policy)
 
     # ------------------------------------------------------------------------------------------------- helpers
-
-    @property
-    def _microbatch_episodes(self) -> int:
-        return self.config.microbatch_episodes or -(-self.config.batch_episodes // self.config.minibatches)
 
     def _seed(self, purpose: int) -> int:
         """A seed for each update and purpose, so that a resumed run needs no random state."""
@@ -215,44 +224,6 @@ class PPO:
         enabled = self.config.bf16 if self.config.bf16 is not None else device == "cuda"
         return torch.autocast(device, dtype=torch.bfloat16) if enabled else nullcontext()
 
-    def _minibatches(self, episodes: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Row indices of each optimizer step, reshuffled every epoch."""
-        for _ in range(self.config.epochs):
-            order = torch.randperm(episodes, generator=generator).to(self.task.device)
-            yield from order.tensor_split(min(self.config.minibatches, episodes))
-
-    def _step(self, rollout: Rollout, target: Targets, sums: dict[str, float]) -> bool:
-        """One optimizer step on a minibatch; False, and no step, if the policy has moved too far already."""
-        config, tokens = self.config, int(rollout.mask.sum())
-        critic_only = self.updates < config.critic_warmup_updates
-        self.optimizer.zero_grad(set_to_none=True)
-        found: defaultdict[str, float] = defaultdict(float)
-        for rows in torch.arange(len(rollout.ids), device=self.task.device).split(self._microbatch_episodes):
-            part = rollout.select(rows)
-            steps = part.mask.shape[1]
-            with self._autocast():
-                loss, stats = microbatch_loss(
-                    self.policy,
-                    part,
-                    Targets(*(t[rows, :steps] for t in target)),
-                    config,
-                    tokens=tokens,
-                    temperature=self.task.options.temperature,
-                    critic_only=critic_only,
-                )
-            loss.backward()
-            for name, value in stats.items():
-                found[name] += float(value)
-        if config.max_update_kl is not None and found["kl/update"] / tokens > config.max_update_kl:
-            return False
-        found["grad_norm/policy"] = tokens * _clip(self.policy.policy_parameters(), config.max_grad_norm)
-        found["grad_norm/critic"] = tokens * _clip(self.policy.critic_parameters(), config.max_grad_norm)
-        self.optimizer.step()
-        found["tokens"], found["steps"] = tokens, 1
-        for name, value in found.items():
-            sums[name] += value
-        return True
-
     def _evaluate(self, best: Path | None) -> dict[str, float]:
         summary = self.evaluate().summary
         objective = summary["score_mean"] - self.task.kl_coef * summary["kl_mean"]
@@ -261,14 +232,6 @@ class PPO:
             if best is not None:
                 self.save(best)
         return {f"eval/{name}": value for name, value in summary.items()} | {"eval/objective": objective}
-
-
-def _clip(parameters: Iterator[torch.nn.Parameter], max_norm: float | None) -> float:
-    """The norm of a gradient, which is scaled to `max_norm` where it is larger."""
-    learning = [p for p in parameters if p.grad is not None]
-    if not learning:
-        return 0.0
-    return float(torch.nn.utils.clip_grad_norm_(learning, float("inf") if max_norm is None else max_norm))
 
 
 def _optimizer(policy: ValueHeadLM, config: PPOConfig) -> torch.optim.Optimizer:

@@ -22,7 +22,7 @@ from textenv.types import ReplayRecord
 
 @dataclass(frozen=True)
 class Rollout:
-    """B episodes; T the longest response, L the longest prompt + response. `[B, T]` tensors are 0 where `mask` is false.
+    """B episodes; T the longest response, L the longest prompt + response. `[B, T]` tensors are 0 outside of `mask`.
 
     Recorded at sampling time, all of it: nothing here depends on the weights that learn from it.
     """
@@ -62,7 +62,7 @@ class Rollout:
 
     @property
     def kl(self) -> Tensor:
-        """`[B, T]`: k_t = log π(a_t|s_t) − log π_ref(a_t|s_t)."""
+        """`[B, T]`: k_t = log π(a_t|s_t) − log π_ref(a_t|s_t); log π alone, and no KL, without a reference."""
         return torch.where(self.mask, self.old_logprobs - self.ref_logprobs, torch.zeros_like(self.rewards))
 
     def select(self, rows: Tensor) -> Rollout:

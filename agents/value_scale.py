@@ -17,7 +17,8 @@ from agents.value_head import ValueHead
 def first_value_scale(head: ValueHead, returns: Tensor, mask: Tensor) -> None:
     """Set μ and σ from the first returns ever seen.
 
-    A new head (u = 0) then starts at V = μ; one that came from a reward model keeps the values it has.
+    A new head (u = 0) then starts at V = μ; one that came from a reward model keeps the values it has. Returns that are
+    all 0 have no scale, and set none.
 
     Args:
         head: Its statistics are set.
@@ -25,7 +26,9 @@ def first_value_scale(head: ValueHead, returns: Tensor, mask: Tensor) -> None:
         mask: `[B, T]` bool.
     """
     mean, variance = _moments(returns, mask)
-    std = math.sqrt(variance) if variance > 0 else (abs(mean) or 1.0)
+    std = math.sqrt(variance) if variance > 0 else abs(mean)
+    if std == 0:
+        return
     head.rescale_values(mean, std, preserve=bool(head.linear.weight.any()))
     head.value_count.add_(1)
 
@@ -41,6 +44,8 @@ def update_value_scale(head: ValueHead, returns: Tensor, mask: Tensor, decay: fl
         mask: `[B, T]` bool.
         decay: Weight of the past, in [0, 1].
     """
+    if head.value_count == 0:  # all returns so far were 0, or the rollout is somebody else's
+        return first_value_scale(head, returns, mask)
     mean, variance = _moments(returns, mask)
     old_mean, old_variance, new = float(head.value_mean), float(head.value_std) ** 2, 1.0 - decay
     shift = mean - old_mean

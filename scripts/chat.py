@@ -1,7 +1,7 @@
 """Type a beginning, read how a saved policy goes on.
 
-    python scripts/chat.py --model runs/ppo/policy
-    python scripts/chat.py --prompt "Once upon a time" --samples 3
+python scripts/chat.py --model runs/ppo/policy
+python scripts/chat.py --prompt "Once upon a time" --samples 3
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import tyro
 from rich.console import Console
 
 import textenv
-from agents import TransformersSampler
+from agents import TransformersSampler, ValueHeadLM
 from scripts.options import device_of
-from textenv.models import load_causal_lm, load_tokenizer
+from textenv.models import load_tokenizer
 from textenv.rewards.base import TextDecoder
 
 
@@ -45,12 +45,12 @@ def main(flags: Flags) -> None:
     """Answer one prompt, or ask for prompts until the input ends."""
     torch.set_grad_enabled(False)
     console, source = Console(), flags.model or textenv.embedded.STORYTELLER
-    model = load_causal_lm(
-        source, argument="model", device=device_of(flags.device), trust_remote_code=flags.trust_remote_code
+    policy = ValueHeadLM.from_pretrained(  # an adapter in the folder is loaded too
+        source, device=device_of(flags.device), trust_remote_code=flags.trust_remote_code
     )
     tokenizer = load_tokenizer(source, argument="model")
     stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    sampler, decode = TransformersSampler(model), TextDecoder(tokenizer, frozenset(stops))
+    sampler, decode = TransformersSampler(policy), TextDecoder(tokenizer, frozenset(stops))
     seed = flags.seed
     while True:
         prompt = flags.prompt if flags.prompt is not None else _ask(console)

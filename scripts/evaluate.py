@@ -1,7 +1,7 @@
 """Evaluate a policy on held-out prompts, beside the model it started from.
 
-    python scripts/evaluate.py --model runs/ppo/policy
-    python scripts/evaluate.py --model my-policy --env.reward my-reward-model --env.heldout heldout.txt
+python scripts/evaluate.py --model runs/ppo/policy
+python scripts/evaluate.py --model my-policy --env.reward my-reward-model --env.heldout heldout.txt
 """
 
 from __future__ import annotations

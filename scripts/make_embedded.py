@@ -1,16 +1,16 @@
 """Make the embedded models: a storyteller, its reward model, and openings.
 
-    python scripts/make_embedded.py --material ../shared/material --output textenv/embedded --device cuda
+    python -m scripts.make_embedded --material ../shared/material --output textenv/embedded --device cuda
 
-About eight minutes on one large GPU, hours on a CPU. `--quick` runs every stage at toy size in two minutes. A stage whose
-result is in `--work` is skipped.
+About an hour on two CPU cores. `--quick` runs every stage at toy size in two minutes. A stage whose result is in `--work`
+is skipped.
 """
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,8 @@ def make(config: Config) -> None:
     config = shrink(config) if config.quick else config
     config.work.mkdir(parents=True, exist_ok=True)
     config.output.mkdir(parents=True, exist_ok=True)
-    torch.backends.cuda.matmul.allow_tf32 = True
     data = config.material / "data"
-    real, heldout_stories = read_real(data / "tinystories_sample.txt", config.seed)
+    real, unseen = read_real(data / "tinystories_sample.txt", config.seed)
 
     told = config.work / "teacher.json"
     _stage("teacher stories", told, lambda: sample_teacher(config, told))
@@ -45,72 +44,59 @@ def make(config: Config) -> None:
     _stage("tokenizer", words, lambda: train_tokenizer(texts, config.vocabulary, config.context, words))
     tokenizer = load_tokenizer(words)
 
-    figures, teller = config.work / "storyteller.json", config.output / "storyteller"
+    storyteller_figures, reward_figures = config.work / "storyteller.json", config.work / "reward.json"
+    rows = [story_rows(tokenizer, stories, config.context) for stories in (real, sampled, unseen)]
+    teller = config.output / "storyteller"
     _stage(
         "storyteller",
-        figures,
-        lambda: _write(
-            figures,
-            train_storyteller(
-                config,
-                tokenizer,
-                *(story_rows(tokenizer, stories, config.context) for stories in (real, sampled, heldout_stories)),
-                teller,
-            ),
-        ),
+        storyteller_figures,
+        lambda: train_storyteller(config, tokenizer, rows[0], rows[1], rows[2], teller),
     )
-    model = LlamaForCausalLM.from_pretrained(teller, dtype=torch.float32).to(config.device).eval()
+    model: Any = LlamaForCausalLM.from_pretrained(teller, dtype=torch.float32)
+    model.to(config.device).eval()
 
     prompts, heldout = (config.output / name for name in ("prompts.txt", "heldout.txt"))
-
-    def openings() -> None:
-        for path, lines in zip((prompts, heldout), make_openings(config, model, tokenizer, real, sampled), strict=True):
-            path.write_text("\n".join(lines) + "\n", encoding="utf8")
-
-    _stage("openings", heldout, openings)
+    _stage("openings", heldout, lambda: _write_openings((prompts, heldout), config, model, tokenizer, real, sampled))
     train_on, evaluate_on = (path.read_text(encoding="utf8").splitlines() for path in (prompts, heldout))
-
-    scored = config.work / "reward.json"
-    rows = story_rows(tokenizer, sampled[: config.extra_openings], config.context).tolist()
-    extra = openings_of(rows, tokenizer, random.Random(config.seed))
+    extra = openings_of(rows[1][: config.extra_openings].tolist(), tokenizer, random.Random(config.seed))
     lexicon = read_lexicon(data / "vader_lexicon.txt")
     _stage(
         "reward model",
-        scored,
-        lambda: _write(
-            scored,
-            train_reward_model(
-                config, model, tokenizer, train_on + extra, evaluate_on, train_on, lexicon, config.output / "reward"
-            ),
+        reward_figures,
+        lambda: train_reward_model(
+            config, model, tokenizer, train_on + extra, evaluate_on, train_on, lexicon, config.output / "reward"
         ),
     )
-    told_of, scored_of = (json.loads(path.read_text()) for path in (figures, scored))
-    best = min(told_of["arms"], key=lambda arm: arm["heldout_nats_per_token"])
-    write_card(
-        config.output,
-        {
-            **told_of, **scored_of, "steps": best["steps"], "share": best["real_share"], "layers": config.layers,
-            "hidden": config.hidden, "heads": config.heads, "head_dim": config.hidden // config.heads,
-            "kv_heads": config.key_value_heads, "context": config.context, "vocabulary": config.vocabulary,
-            "batch_rows": config.batch_rows, "learning_rate": config.learning_rate,
-            "sharpness": config.preference_sharpness, "prompts": len(train_on), "heldout": len(evaluate_on),
-            "device": config.device,
-        },
-    )  # fmt: skip
+    figures = _architecture(config) | {"prompts": len(train_on), "heldout": len(evaluate_on)}
+    write_card(config.output, figures | _read(storyteller_figures) | _read(reward_figures))
     log("done")
 
 
+def _write_openings(paths: Sequence[Path], *arguments: Any) -> None:
+    for path, lines in zip(paths, make_openings(*arguments), strict=True):
+        path.write_text("\n".join(lines) + "\n", encoding="utf8")
+
+
+def _architecture(config: Config) -> dict[str, Any]:
+    names = ("layers", "hidden", "heads", "key_value_heads", "context", "vocabulary", "batch_rows", "learning_rate")
+    figures = {name: getattr(config, name) for name in (*names, "preference_sharpness", "device")}
+    return figures | {"head_dim": config.hidden // config.heads}
+
+
 def _stage(name: str, result: Path, run: Callable[[], Any]) -> None:
+    """Run a stage without a result; figures that it returns become the result."""
     if result.exists():
         log(f"{name}: {result} is there")
         return
     log(f"{name} ...")
-    run()
+    figures = run()
+    if figures is not None:
+        result.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf8")
     log(f"{name}: done")
 
 
-def _write(path: Path, figures: dict[str, object]) -> None:
-    path.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf8")
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf8"))
 
 
 def main() -> None:

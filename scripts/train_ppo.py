@@ -12,7 +12,7 @@ was not trained on, and writes everything to `runs/ppo`: `metrics.jsonl`, Tensor
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,31 +95,30 @@ def main(flags: Flags) -> None:
     after.save(flags.out / "after.json")
     write_report(flags.out, read_metrics(flags.out / "metrics.jsonl"), before, after, asdict(flags))
     print_comparison(console, before, after)
-    console.print(f"[dim]report[/] {flags.out}/report.html   [dim]policy[/] {policy_folder}   [dim]talk to it[/] python scripts/chat.py --model {policy_folder}")
+    console.print(f"[dim]report[/] {flags.out}/report.html   [dim]policy[/] {policy_folder}")
+    console.print(f"[dim]talk to it[/] python scripts/chat.py --model {policy_folder}")
 
 
 def build(flags: Flags) -> tuple[PPO, list[Any]]:
     """The agent, new or from its checkpoint, and the held-out prompts."""
-    heldout = heldout_prompts(flags.env)
-    if flags.resume and flags.policy.lora_rank == 0:
-        agent = PPO.load(flags.out / "checkpoint", make_env(flags.env), eval_prompts=heldout)
-        return agent, heldout
+    heldout, checkpoint = heldout_prompts(flags.env), flags.out / "checkpoint"
     source = flags.policy.model or flags.env.reference or textenv.embedded.STORYTELLER
     policy = ValueHeadLM.from_pretrained(
-        flags.out / "checkpoint" if flags.resume else source,
+        checkpoint if flags.resume else source,
         critic=None if flags.resume else flags.policy.critic,
         device=device_of(flags.env.device),
-        lora=_lora(flags.policy.lora_rank),
+        lora=None if flags.resume else _lora(flags.policy.lora_rank),
         gradient_checkpointing=flags.policy.gradient_checkpointing,
         trust_remote_code=flags.env.trust_remote_code,
     )
-    reference, tokenizer_flags = None, flags.env
     if flags.policy.lora_rank:
-        from dataclasses import replace
-
-        reference = policy.reference()
-        tokenizer_flags = replace(flags.env, tokenizer=flags.env.tokenizer or str(source))
-    envs = make_env(tokenizer_flags, reference=reference)
+        # One copy of the weights is policy and reference; it brings no tokenizer.
+        options = replace(flags.env, tokenizer=flags.env.tokenizer or str(source))
+        envs = make_env(options, reference=policy.reference())
+    else:
+        envs = make_env(flags.env)
+    if flags.resume:
+        return PPO.load(checkpoint, envs, eval_prompts=heldout, policy=policy), heldout
     return PPO(policy, envs, flags.ppo, eval_prompts=heldout), heldout
 
 

@@ -27,20 +27,20 @@ def foreign_tokenizer() -> Any:
 
 
 BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
-    ({"reference": "no/such/folder"}, "reference.*no/such/folder.*no such folder"),
-    ({"reference": Path("no/such/folder")}, "reference.*no such folder|reference.*no folder no/such/folder"),
+    ({"reference": "no/such/folder"}, "reference.*no (such )?folder"),
+    ({"reference": Path("no/such/folder")}, "reference.*no folder .?no/such/folder"),
     (
         {"reference": fixtures.tiny_llama()},
         r"reference: expected live modules to be wrapped, textenv.Shared\(...\), got LlamaForCausalLM",
     ),
     ({"reference": 5}, "reference.*got 5"),
-    ({"reward": "no/such/folder"}, "reward.*no/such/folder.*no such folder"),
+    ({"reward": "no/such/folder"}, "reward.*no (such )?folder"),
     ({"reward": 5}, "reward: expected a folder, a hub name or a callable .*got 5"),
     (
         {"reward": torch.nn.Linear(1, 1)},
         r"reward: expected live modules to be wrapped, textenv.Shared\(...\), got Linear",
     ),
-    ({"tokenizer": "no/such/folder"}, "tokenizer.*no/such/folder.*no such folder"),
+    ({"tokenizer": "no/such/folder"}, "tokenizer.*no (such )?folder"),
     ({"tokenizer": 5}, "tokenizer: expected a folder, a hub name or a tokenizer, got 5"),
     ({"tokenizer": foreign_tokenizer()}, "tokenizer.*logit width 40.*id 40"),
     (
@@ -262,7 +262,7 @@ def test_a_failing_reward_undoes_the_step(kl_credit: str, make: Any, mood: str, 
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep", "Disabled"])
 def test_a_failing_reward_undoes_the_step_of_every_row(mode: str) -> None:
-    arguments = options(kl_source="policy")
+    arguments = options(kl_source="policy", prompts=[[1, i] for i in range(3, 40)])
     envs, twin = (TextVectorEnv(2, autoreset_mode=mode, **arguments | {"reward": Moody()}) for _ in range(2))
     for each in (envs, twin):
         each.reset(seed=0)

@@ -141,7 +141,7 @@ class TextCore:
     def _score(self, after: TokenState, rows: Tensor, reasons: Tensor) -> tuple[Tensor, Tensor]:
         """What the reward function pays now, and the score, which is 0 until it is due: `[r]` each."""
         reward, device = self.task.reward, self.task.device
-        terminated = reasons != FinishReason.NONE
+        terminated, _ = dynamics.endings(reasons, length_end=self.task.options.length_end)
         score = torch.zeros(len(rows), device=device)
         if reward.per_token:
             values = reward.token_values(*_texts(after, rows))

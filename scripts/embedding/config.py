@@ -39,7 +39,7 @@ class Config:
     """Longest sampled story in the teacher's tokens; what is cut there has no end token."""
     teacher_temperature: float = 0.8
     """Sampling temperature of the teacher; below 1 its text is more coherent."""
-    teacher_minutes: float = 1.6
+    teacher_minutes: float = 20.0
     """Time limit of the teacher's sampling: fewer stories are made if it passes."""
     sample_rows: int = 512
     """Rows sampled at a time."""
@@ -63,11 +63,11 @@ class Config:
     reward_layers: int = 2
     """Blocks of the reward model: the storyteller's first ones."""
 
-    real_fractions: tuple[float, ...] = (0.08,)
+    real_fractions: tuple[float, ...] = (0.2,)
     """Share of real stories in a batch; one storyteller is trained per share and the best on held-out text is kept."""
-    steps: int = 12000
+    steps: int = 4000
     """Optimizer steps per storyteller."""
-    minutes: float = 1.6
+    minutes: float = 20.0
     """Time limit per storyteller: the learning rate's schedule ends there if the steps have not."""
     batch_rows: int = 64
     """Stories per optimizer step; a fourth of the steps take fewer, but up to the whole context of each."""
@@ -88,7 +88,7 @@ class Config:
     """Degenerate continuations made per opening."""
     reward_steps: int = 1500
     """Optimizer steps of the reward model."""
-    reward_minutes: float = 1.0
+    reward_minutes: float = 6.0
     """Time limit of the reward model's training."""
     reward_pairs: int = 64
     """Preference pairs per optimizer step; every pair is new."""
@@ -100,7 +100,7 @@ class Config:
     def __post_init__(self) -> None:
         """Check what would otherwise fail late."""
         if not (self.material / "data" / "tinystories_sample.txt").is_file():
-            raise ValueError(f"material must hold data/tinystories_sample.txt, got the folder {self.material}")
+            raise ValueError(f"material: expected data/tinystories_sample.txt in it, got {self.material}")
         if self.device.split(":")[0] not in ("cpu", "cuda"):
             raise ValueError(f"device must be 'cpu' or 'cuda', got {self.device!r}")
         if not self.real_fractions or not all(0.0 < share <= 1.0 for share in self.real_fractions):

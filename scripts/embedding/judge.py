@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -11,11 +12,11 @@ _WORD = re.compile(r"[a-z']+")
 
 
 def read_lexicon(path: Path) -> dict[str, float]:
-    """Human valence of words, -4 to 4; the lexicon's emoticons and phrases are left out.
+    r"""Human valence of words, -4 to 4; the lexicon's emoticons and phrases are left out.
 
     >>> import tempfile
     >>> file = Path(tempfile.mkdtemp()) / "words.txt"
-    >>> _ = file.write_text("joy\\t2.8\\t0.7\\t[]\\n:)\\t2.0\\t1\\t[]\\n")
+    >>> _ = file.write_text("joy\t2.8\t0.7\t[]\n:)\t2.0\t1\t[]\n")
     >>> read_lexicon(file)
     {'joy': 2.8}
     """
@@ -39,12 +40,12 @@ def repetition(text: str) -> float:
     0.5
     """
     words = _WORD.findall(text.lower())
-    bigrams = list(zip(words, words[1:], strict=False))
+    bigrams = list(itertools.pairwise(words))
     return 1.0 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 
 def utility(text: str, mean_logprob: float, usual_logprob: float, lexicon: Mapping[str, float]) -> float:
-    """u = 8 tanh(v / 12) - 10 max(0, r - 0.15) - 4 max(0, usual - mean_logprob).
+    """U = 8 tanh(v / 12) - 10 max(0, r - 0.15) - 4 max(0, usual - mean_logprob).
 
     v is the valence, r the repetition; the last term is for text that the storyteller itself would hardly tell, so
     that heaps of happy words lose against happy sentences.

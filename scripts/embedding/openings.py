@@ -6,9 +6,10 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from scripts.embedding.config import Config, log
 from scripts.embedding.sampling import make_generator, sample
@@ -33,7 +34,7 @@ def cut(pieces: Sequence[str], chooser: random.Random, shortest: int = 5, longes
     return chooser.choice(ends) if ends else 0
 
 
-def openings_of(rows: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerFast, chooser: random.Random) -> list[str]:
+def openings_of(rows: Iterable[Sequence[int]], tokenizer: Any, chooser: random.Random) -> list[str]:
     """One opening per row of ids (BOS first), where the row has one."""
     heads = []
     for row in rows:
@@ -76,7 +77,7 @@ class Collector:
 
 
 def make_openings(
-    config: Config, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, real: Sequence[Story],
+    config: Config, model: LlamaForCausalLM, tokenizer: Any, real: Sequence[Story],
     sampled: Sequence[Story], rounds: int = 24,
 ) -> tuple[list[str], list[str]]:  # fmt: skip
     """Openings told by the storyteller, as (prompts, held-out); they share none."""

@@ -6,11 +6,11 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from scripts.embedding.config import Config, log
 from scripts.embedding.judge import utility
@@ -38,8 +38,8 @@ class Candidates(NamedTuple):
 
 
 def continuations(
-    config: Config, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, openings: Sequence[str], copies: int,
-    *, seed: int, temperature: float = 1.0, logit_bias: Tensor | None = None,
+    config: Config, model: LlamaForCausalLM, tokenizer: Any, openings: Sequence[str], copies: int,
+    *, seed: int, temperature: float = 1.0, steering: Tensor | None = None,
 ) -> list[list[str]]:  # fmt: skip
     """`copies` responses to each opening."""
     generator = make_generator(config.device, seed)
@@ -51,18 +51,20 @@ def continuations(
         for first in range(0, len(group), config.sample_rows):
             part = group[first : first + config.sample_rows]
             start = torch.tensor([ids for _, ids in part], device=config.device)
+            bias = None
+            if steering is not None:  # some rows are led away from happy words, most towards them, some far
+                strengths = torch.empty(len(part), 1, device=config.device).uniform_(-0.5, 1.5, generator=generator)
+                bias = strengths * steering
             rows, _ = sample(
                 model, start, NEW_TOKENS, stop_id=tokenizer.eos_token_id, pad_id=tokenizer.pad_token_id,
-                generator=generator, temperature=temperature, logit_bias=logit_bias,
+                generator=generator, temperature=temperature, logit_bias=bias,
             )  # fmt: skip
             for (index, _), text in zip(part, decode(tokenizer, rows[:, length:].tolist()), strict=True):
                 found[index].append(text)
     return found
 
 
-def happy_bias(
-    tokenizer: PreTrainedTokenizerFast, lexicon: Mapping[str, float], strength: float, vocabulary: int
-) -> Tensor:
+def happy_bias(tokenizer: Any, lexicon: Mapping[str, float], strength: float, vocabulary: int) -> Tensor:
     """A logit bias towards pieces that are happy words."""
     bias = torch.zeros(vocabulary)
     words = list(lexicon)
@@ -99,6 +101,10 @@ def degenerate(chooser: random.Random, honest: Sequence[str], happy: Sequence[st
     return [kinds[number % len(kinds)]() for number in range(count)]
 
 
+def _is_one_piece(tokenizer: Any, word: str) -> bool:
+    return len(encode(tokenizer, [f" {word}"])[0]) == 2  # BOS and the word
+
+
 def _first_sentence(text: str) -> str:
     found = re.match(r"[^.!?]*[.!?]", text)
     return found.group() if found else text
@@ -106,7 +112,7 @@ def _first_sentence(text: str) -> str:
 
 @torch.no_grad()
 def mean_logprobs(
-    config: Config, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rows: Tensor, starts: Sequence[int]
+    config: Config, model: LlamaForCausalLM, tokenizer: Any, rows: Tensor, starts: Sequence[int]
 ) -> Tensor:
     """Mean log p of each response's tokens under the storyteller, float32 [N]."""
     means = []
@@ -122,7 +128,7 @@ def mean_logprobs(
 
 
 def collect_candidates(
-    config: Config, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, openings: Sequence[str],
+    config: Config, model: LlamaForCausalLM, tokenizer: Any, openings: Sequence[str],
     lexicon: Mapping[str, float], seed: int,
 ) -> Candidates:  # fmt: skip
     """Sample, spoil and judge continuations of every opening."""
@@ -131,10 +137,9 @@ def collect_candidates(
     kinds = [
         continuations(config, model, tokenizer, openings, each, seed=seed),
         continuations(config, model, tokenizer, openings, each, seed=seed + 1, temperature=1.2),
-        continuations(config, model, tokenizer, openings, each, seed=seed + 2, logit_bias=bias),
+        continuations(config, model, tokenizer, openings, each, seed=seed + 2, steering=bias),
     ]
-    known = {word: value for word, value in lexicon.items() if bias[encode(tokenizer, [f" {word}"])[0][1]] != 0}
-    happy = [word for word, value in known.items() if value > 1.0] or ["happy"]
+    happy = [word for word, value in lexicon.items() if value > 1.0 and _is_one_piece(tokenizer, word)] or ["happy"]
     chooser = random.Random(seed)
     texts: list[str] = []
     for groups in zip(*kinds, strict=True):

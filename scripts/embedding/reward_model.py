@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from scripts.embedding.config import Config, log
 from scripts.embedding.judge import correlation, valence
@@ -23,7 +24,7 @@ from scripts.embedding.training import train
 
 
 def scores(model: LlamaForSequenceClassification, rows: Tensor, lengths: Tensor) -> Tensor:
-    """w · h at each row's last token, [B]."""
+    """W · h at each row's last token, [B]."""
     hidden = model.model(input_ids=rows.long(), use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(rows), device=rows.device), lengths - 1]
     return F.linear(last.float(), model.score.weight.float()).squeeze(-1)
@@ -46,7 +47,10 @@ def pair_loss(model: LlamaForSequenceClassification, chosen: Tensor, rejected: T
 def draw_pairs(
     candidates: Candidates, count: int, sharpness: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of continuations of one opening, labelled by a noisy judge.
+    """Pairs of continuations, two thirds of them of one opening, labelled by a noisy judge.
+
+    The other third are of any two openings: without them an opening's own level would never be learnt, and would stay
+    in the scores as noise.
 
     P(a preferred) = σ(sharpness · (u_a - u_b)).
 
@@ -58,13 +62,15 @@ def draw_pairs(
     first = torch.randint(per, (count,), device=device, generator=generator)
     second = (first + torch.randint(1, per, (count,), device=device, generator=generator)) % per
     a, b = opening + first, opening + second
+    anywhere = torch.randint(len(candidates.utilities), (count,), device=device, generator=generator)
+    b = torch.where(torch.rand(count, device=device, generator=generator) < 1 / 3, anywhere, b)
     gap = candidates.utilities[a] - candidates.utilities[b]
     prefers_a = torch.rand(count, device=device, generator=generator) < torch.sigmoid(sharpness * gap)
     return torch.where(prefers_a, a, b), torch.where(prefers_a, b, a), prefers_a == (gap > 0)
 
 
 def train_reward_model(
-    config: Config, storyteller: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, openings: Sequence[str],
+    config: Config, storyteller: LlamaForCausalLM, tokenizer: Any, openings: Sequence[str],
     heldout: Sequence[str], reference_openings: Sequence[str], lexicon: Mapping[str, float], folder: Path,
 ) -> dict[str, object]:  # fmt: skip
     """Train, normalise and save the reward model; return its figures."""
@@ -73,8 +79,8 @@ def train_reward_model(
     unseen = collect_candidates(config, storyteller, tokenizer, heldout, lexicon, config.seed + 20)
     told, unseen = (_to(candidates, config.device) for candidates in (told, unseen))
     torch.manual_seed(config.seed)
-    model = LlamaForSequenceClassification(model_config(config, tokenizer, config.reward_layers, num_labels=1))
-    trunk = copy.deepcopy(storyteller.model)
+    model: Any = LlamaForSequenceClassification(model_config(config, tokenizer, config.reward_layers, num_labels=1))
+    trunk: Any = copy.deepcopy(storyteller.model)
     trunk.layers = trunk.layers[: config.reward_layers]
     model.model.load_state_dict(trunk.float().state_dict())
     torch.nn.init.normal_(model.score.weight, std=1.0 / math.sqrt(config.hidden + 1))
@@ -93,10 +99,13 @@ def train_reward_model(
     model.half().float()  # what is saved is what is measured
     bias = _normalise(config, model, storyteller, tokenizer, reference_openings)
     model.config.reward_bias = bias
-    figures = _measure(config, model, unseen, lexicon) | {"pairs": steps * config.reward_pairs, "steps": steps}
+    figures = _measure(config, model, unseen, lexicon) | {
+        "pairs": steps * config.reward_pairs,
+        "reward_layers": config.reward_layers,
+    }
     model.half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return figures | {"seconds": time.perf_counter() - began}
+    return figures | {"reward_seconds": time.perf_counter() - began}
 
 
 def _to(candidates: Candidates, device: str) -> Candidates:
@@ -112,7 +121,7 @@ def _all_scores(config: Config, model: LlamaForSequenceClassification, rows: Ten
 
 def _normalise(
     config: Config, model: LlamaForSequenceClassification, storyteller: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast, openings: Sequence[str],
+    tokenizer: Any, openings: Sequence[str],
 ) -> float:  # fmt: skip
     """Scale the head so that the storyteller's own responses have standard deviation 1; the bias that centres them."""
     told = continuations(config, storyteller, tokenizer, openings, 4, seed=config.seed + 30)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from scripts.embedding.config import Config, log
 from scripts.embedding.sampling import make_generator, sample
@@ -17,7 +18,7 @@ from scripts.embedding.tokenization import decode
 from scripts.embedding.training import train
 
 
-def model_config(config: Config, tokenizer: PreTrainedTokenizerFast, layers: int, **head: int) -> LlamaConfig:
+def model_config(config: Config, tokenizer: Any, layers: int, **head: Any) -> LlamaConfig:
     """The architecture that both models share."""
     return LlamaConfig(
         vocab_size=config.vocabulary, hidden_size=config.hidden, intermediate_size=config.intermediate,
@@ -44,11 +45,12 @@ def heldout_nats(model: LlamaForCausalLM, rows: Tensor, pad_id: int, chunk: int 
 
 
 def train_one(
-    config: Config, tokenizer: PreTrainedTokenizerFast, real: Tensor, sampled: Tensor, heldout: Tensor, share: float
+    config: Config, tokenizer: Any, real: Tensor, sampled: Tensor, heldout: Tensor, share: float
 ) -> tuple[LlamaForCausalLM, dict[str, float]]:
     """Train one storyteller with ``share`` of real stories in every batch."""
     torch.manual_seed(config.seed)
-    model = LlamaForCausalLM(model_config(config, tokenizer, config.layers)).to(config.device)
+    model: Any = LlamaForCausalLM(model_config(config, tokenizer, config.layers))
+    model.to(config.device)
     model.train()
     pad_id = tokenizer.pad_token_id
     generator = make_generator(config.device, config.seed + 1)
@@ -80,7 +82,7 @@ def train_one(
 
 
 def train_storyteller(
-    config: Config, tokenizer: PreTrainedTokenizerFast, real: Tensor, sampled: Tensor, heldout: Tensor, folder: Path
+    config: Config, tokenizer: Any, real: Tensor, sampled: Tensor, heldout: Tensor, folder: Path
 ) -> dict[str, object]:
     """Train one storyteller per share of real text, save the best on held-out text as float16; return its figures."""
     began = time.perf_counter()
@@ -107,6 +109,7 @@ def train_storyteller(
     return {
         "parameters": sum(p.numel() for p in best.parameters()),
         "arms": arms,
+        **min(arms, key=lambda arm: arm["heldout_nats_per_token"]),
         "training_stories_real": len(real),
         "training_stories_sampled": len(sampled),
         "training_tokens_distinct": int((real[:, 1:] != tokenizer.pad_token_id).sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -44,7 +45,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], chunk: int = 8192) -> list[list[int]]:
+def encode(tokenizer: Any, texts: Sequence[str], chunk: int = 8192) -> list[list[int]]:
     """Token ids of every text, BOS first, by all cores."""
     rows: list[list[int]] = []
     for start in range(0, len(texts), chunk):
@@ -52,7 +53,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], chunk: int 
     return rows
 
 
-def decode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Sequence[int]]) -> list[str]:
+def decode(tokenizer: Any, rows: Sequence[Sequence[int]]) -> list[str]:
     """Text of every row without special tokens."""
     return tokenizer.backend_tokenizer.decode_batch([list(row) for row in rows], skip_special_tokens=True)
 
@@ -65,7 +66,7 @@ def pad(rows: Sequence[Sequence[int]], width: int, pad_id: int) -> Tensor:
     return table
 
 
-def story_rows(tokenizer: PreTrainedTokenizerFast, stories: Sequence[Story], context: int) -> Tensor:
+def story_rows(tokenizer: Any, stories: Sequence[Story], context: int) -> Tensor:
     """One row per story: BOS, its tokens, EOS if its end is known, [N, context + 1].
 
     A row begins where its story does and holds nothing else, because that is how the environment uses the model.

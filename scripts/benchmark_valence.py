@@ -1,0 +1,156 @@
+"""PPO on real material: `stories260K` learns to write words of positive valence, one thread, 60 iterations of 64 × 48 tokens.
+
+The score of a response is the sum of the human valence (VADER lexicon) of its words; β = 0.5, fixed-length responses,
+prompts of 8 tokens. The objective is score − 0.5·KL over the last five iterations; the untrained model has 3.34.
+
+    python scripts/benchmark_valence.py --settings separate --seeds 0 1 2 3 4 5 6 7
+    python scripts/benchmark_valence.py --table
+
+Needs the material: a folder with models/stories260K, data/vader_lexicon.txt and data/tinystories_openings.txt, by default
+`../shared/material` or what the environment variable TEXTENV_MATERIAL names. Without it the script says so and stops.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+import tyro
+
+import textenv  # noqa: F401 - registers RLHF-Text-v0
+from agents import PPO, PPOConfig, ValueHeadLM
+from textenv.models import load_tokenizer
+
+KL_COEF = 0.5
+ITERATIONS = 60
+SETTINGS: dict[str, tuple[str, PPOConfig]] = {
+    # TRL 1.12's own: its critic is a second model, its schedule linear to 0.
+    "trl": ("separate", PPOConfig(epochs=4, minibatches=4, learning_rate=3e-4, gae_lambda=0.95)),
+    "separate": ("separate", PPOConfig(epochs=2, minibatches=4, learning_rate=2.5e-4, gae_lambda=0.98)),
+    "shared": ("shared", PPOConfig(epochs=2, minibatches=4, learning_rate=6e-4, gae_lambda=0.98)),
+}
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Run settings × seeds, or print the table of what was run."""
+
+    settings: tuple[str, ...] = tuple(SETTINGS)
+    """Which settings: trl, separate, shared."""
+    seeds: tuple[int, ...] = tuple(range(8))
+    """Which seeds."""
+    results: Path = Path("docs/benchmarks/valence.jsonl")
+    """One JSON object a run; runs that are there are not repeated."""
+    table: bool = False
+    """Only write the table beside the results."""
+    material: Path = Path(os.environ.get("TEXTENV_MATERIAL", "../shared/material"))
+    """Folder of the material."""
+
+
+class Valence:
+    """Sum of the lexicon's values over the words of the response decoded alone."""
+
+    wants_ids = True
+
+    def __init__(self, lexicon: Path, tokenizer: Any) -> None:
+        """Read the lexicon."""
+        rows = (line.split("\t") for line in lexicon.read_text(encoding="utf8").splitlines())
+        self.values = {row[0]: float(row[1]) for row in rows}
+        self.tokenizer = tokenizer
+
+    def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
+        """One score a response."""
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        return [sum(self.values.get(word, 0.0) for word in re.findall(r"[a-z']+", text.lower())) for text in texts]
+
+
+def run(material: Path, setting: str, seed: int) -> dict[str, Any]:
+    """Train once; the figures of the run."""
+    folder = material / "models" / "stories260K"
+    tokenizer = load_tokenizer(folder, argument="material")
+    lines = (material / "data" / "tinystories_openings.txt").read_text(encoding="utf8").splitlines()
+    encoded = (tokenizer(line.strip())["input_ids"] for line in lines)
+    envs = gym.make_vec(
+        "RLHF-Text-v0",
+        reference=str(folder),
+        reward=Valence(material / "data" / "vader_lexicon.txt", tokenizer),
+        prompts=[ids[:8] for ids in encoded if len(ids) >= 8],
+        max_new_tokens=48,
+        stop_token_ids=[],
+        kl_coef=KL_COEF,
+    )
+    critic, config = SETTINGS[setting]
+    agent = PPO(ValueHeadLM.from_pretrained(folder, critic=critic), envs, _with_seed(config, seed))
+    start = time.process_time()
+    history = agent.learn(ITERATIONS)
+    seconds = time.process_time() - start
+    score, kl = (sum(row[key] for row in history[-5:]) / 5 for key in ("score/mean", "kl/sequence"))
+    return {
+        "setting": setting,
+        "seed": seed,
+        "start": history[0]["score/mean"],
+        "objective": score - KL_COEF * kl,
+        "score": score,
+        "kl": kl,
+        "cpu_seconds": seconds,
+    }
+
+
+def _with_seed(config: PPOConfig, seed: int) -> PPOConfig:
+    from dataclasses import replace
+
+    return replace(config, seed=seed)
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of every run, and the means."""
+    lines = ["| settings | seed | objective | score | KL | CPU s |", "|---|--:|--:|--:|--:|--:|"]
+    for setting in SETTINGS:
+        mine = sorted((row for row in rows if row["setting"] == setting), key=lambda row: row["seed"])
+        for row in mine:
+            figures = " | ".join(f"{row[key]:.2f}" for key in ("objective", "score", "kl"))
+            lines.append(f"| {setting} | {row['seed']} | {figures} | {row['cpu_seconds']:.0f} |")
+        if mine:
+            means = " | ".join(_mean_se([row[key] for row in mine]) for key in ("objective", "score", "kl"))
+            lines.append(f"| **{setting}** | mean ± SE | {means} | {_mean_se([r['cpu_seconds'] for r in mine], 0)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_se(values: Sequence[float], digits: int = 2) -> str:
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return f"**{mean:.{digits}f}** ± {math.sqrt(variance / len(values)):.{digits}f}"
+
+
+def main(flags: Flags) -> None:
+    """Run what is missing, then write the table."""
+    torch.set_num_threads(1)
+    rows = [json.loads(line) for line in flags.results.read_text().splitlines()] if flags.results.exists() else []
+    if not flags.table:
+        if not (flags.material / "models" / "stories260K").is_dir():
+            print(f"skipped: there is no material in {flags.material}")
+            return
+        flags.results.parent.mkdir(parents=True, exist_ok=True)
+        done = {(row["setting"], row["seed"]) for row in rows}
+        for setting in flags.settings:
+            for seed in flags.seeds:
+                if (setting, seed) not in done:
+                    rows.append(run(flags.material, setting, seed))
+                    print(json.dumps(rows[-1]), flush=True)
+                    with flags.results.open("a") as file:
+                        file.write(json.dumps(rows[-1]) + "\n")
+    text = Path(__file__).read_text(encoding="utf8").split('"""')[1].split("\n\n")[1].strip()
+    flags.results.with_suffix(".md").write_text(f"# Valence of stories260K\n\n{text}\n\n{table(rows)}", encoding="utf8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Flags, description=__doc__))

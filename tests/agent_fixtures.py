@@ -1,0 +1,96 @@
+"""Tiny agents for tests: a policy, an environment over the same tiny model, and how two of them are compared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from agents import PPO, PPOConfig, Rollout, ValueHeadLM
+from agents.critic import build_critic
+from tests.conftest import make_llama
+from textenv import Shared, TextVectorEnv
+
+STOP = 1
+PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15, 16], [17]]
+
+
+class IdsReward:
+    """A score of token ids, from a plain function of (prompt, response)."""
+
+    wants_ids = True
+
+    def __init__(self, score: Callable[[Sequence[int], Sequence[int]], float]) -> None:
+        self.score = score
+
+    def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
+        return [self.score(p, r) for p, r in zip(prompts, responses, strict=True)]
+
+
+def even_share(prompt: Sequence[int], response: Sequence[int]) -> float:
+    """The share of even ids, which any policy can learn to raise."""
+    return sum(token % 2 == 0 for token in response) / len(response)
+
+
+def make_env(
+    reference: Any = None, score: Callable[..., float] = even_share, scale: float = 1.0, **options: Any
+) -> TextVectorEnv:
+    """An environment over a tiny Llama; about half of the episodes stop early, so lengths are ragged."""
+    defaults: dict[str, Any] = {
+        "reference": Shared(make_llama() if reference is None else reference),
+        "prompts": PROMPTS,
+        "reward": IdsReward(lambda p, r: scale * score(p, r)),
+        "stop_token_ids": [STOP, 2, 3, 4],
+        "max_new_tokens": 6,
+        "kl_coef": 0.1 * scale,
+    }
+    return TextVectorEnv(**{**defaults, **options})
+
+
+def make_policy(lm: Any = None, critic: str = "shared") -> ValueHeadLM:
+    """A policy on a tiny Llama, with a value head that is not zero where `critic` ends in `+`."""
+    lm = make_llama() if lm is None else lm
+    policy = ValueHeadLM(lm, build_critic(lm, critic.rstrip("+"))).train()
+    if critic.endswith("+"):
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(7)
+            policy.value_head.linear.weight.normal_(0, 0.1, generator=generator)
+    return policy
+
+
+def make_agent(
+    config: PPOConfig | None = None, *, lm: Any = None, critic: str = "shared", envs: Any = None, **options: Any
+) -> PPO:
+    """An agent of a tiny policy and environment; the reference is a copy of the model."""
+    lm = make_llama() if lm is None else lm
+    envs = make_env(copy.deepcopy(lm), **options) if envs is None else envs
+    return PPO(make_policy(lm, critic), envs, config or small_config())
+
+
+def small_config(**changes: Any) -> PPOConfig:
+    """Small batches, several steps, a rate at which things move."""
+    defaults: dict[str, Any] = {"batch_episodes": 8, "epochs": 2, "minibatches": 2, "learning_rate": 1e-3}
+    return PPOConfig(**{**defaults, **changes})
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of all weights and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of weights are the same bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest difference between two sets of weights."""
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def episodes(rollout: Rollout) -> list[tuple[int, int]]:
+    """Row and length of each episode."""
+    return list(enumerate(rollout.response_lengths.tolist()))
