@@ -83,10 +83,10 @@ def load(
     if not folder.exists() and _beside(folder, "previous").exists():
         folder = _beside(folder, "previous")
     state = _read_state(folder)
-    task = envs.unwrapped.task
+    config, task = _read_config(state["config"]), envs.unwrapped.task
     if policy is None:
         policy = ValueHeadLM.from_pretrained(folder, device=task.device, dtype=getattr(torch, state["dtype"]))
-    agent = cls(policy, envs, PPOConfig(**state["config"]), sampler, eval_prompts=eval_prompts)
+    agent = cls(policy, envs, config, sampler, eval_prompts=eval_prompts)
     agent.updates, agent.schedule_updates = state["updates"], state["schedule_updates"]
     if state["best_objective"] is not None:
         agent.best_objective = state["best_objective"]
@@ -109,6 +109,13 @@ def _read_state(folder: Path) -> dict[str, Any]:
         got = f"{state.get('format')!r} in {str(folder)!r}"
         raise ValueError(f"folder: expected a checkpoint of format {FORMAT}, got {got}")
     return state
+
+
+def _read_config(values: dict[str, Any]) -> PPOConfig:
+    try:
+        return PPOConfig(**values)
+    except TypeError as error:
+        raise ValueError(f"folder: expected a checkpoint of this version's PPOConfig, got another ({error})") from error
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

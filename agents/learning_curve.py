@@ -19,7 +19,7 @@ Rows = Sequence[Mapping[str, float]]
 
 # Metric keys that the learning curve draws; the first two come with every iteration, the others now and then.
 SCORE, KL = "score/mean", "kl/sequence"
-HELD_OUT_SCORE, HELD_OUT_KL = "evaluation/score_mean", "evaluation/kl_mean"
+HELD_OUT_SCORE, HELD_OUT_KL = "eval/score_mean", "eval/kl_mean"
 
 FONTS = ("Inter", "Source Sans 3", "Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
 LIGHT = {

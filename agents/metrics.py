@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from agents.diagnostics import explained_variance
-from agents.masked import masked_mean
+from agents.masked import masked_mean, masked_sum
 from agents.rollout import Rollout
 from textenv.task import Task
 from textenv.types import FinishReason
@@ -20,7 +20,7 @@ def rollout_metrics(rollout: Rollout, returns: Tensor, task: Task) -> dict[str, 
     lengths, scores = rollout.response_lengths.float(), rollout.scores[rollout.scored]
     drift = rollout.old_logprobs - rollout.behavior_logprobs
     metrics = {
-        "reward/sequence": float(rollout.rewards.sum(1).mean()),
+        "reward/sequence": float(masked_sum(rollout.rewards, rollout.mask, dim=1).mean()),
         "entropy": float(masked_mean(rollout.entropy, rollout.mask)),
         "value/mean": float(masked_mean(rollout.values, rollout.mask)),
         "value/explained_variance": float(explained_variance(rollout.values, returns, rollout.mask)),

@@ -126,11 +126,12 @@ def collect(
     evaluated = time.perf_counter()
     record = replay(task, prompts, samples.responses, old.logprobs)
     rewards = _rewards(task, record, old.logprobs, score_clip)
-    if policy.value_head.value_count == 0:
-        # u is known and V = σu + μ follows, so the first rollout can set the scale that its own values are read on.
-        first_value_scale(policy.value_head, discounted_returns(rewards, gamma), record.mask)
+    values, bootstrap_values, head = old.values, old.bootstrap_values, policy.value_head
+    if head.value_count == 0 and first_value_scale(head, discounted_returns(rewards, gamma), record.mask):
+        # A new critic foresees the mean of the first returns, from these episodes on.
+        mean = head.value_mean.float()
+        values, bootstrap_values = torch.where(record.mask, mean, 0.0), mean.expand_as(bootstrap_values)
     behavior = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in samples.logprobs], batch_first=True)
-    head = policy.value_head
     return Rollout(
         ids=record.ids,
         prompt_lengths=starts,
@@ -141,8 +142,8 @@ def collect(
         behavior_logprobs=behavior.to(task.device),
         ref_logprobs=record.ref_logprobs,
         entropy=old.entropy,
-        values=torch.where(record.mask, head.denormalize(old.normalized_values), 0.0),
-        bootstrap_values=head.denormalize(old.bootstrap_values),
+        values=values,
+        bootstrap_values=bootstrap_values,
         scores=record.scores,
         scored=record.scored,
         truncated=record.truncated,
@@ -175,8 +176,7 @@ def _rewards(task: Task, record: ReplayRecord, logprobs: Tensor, score_clip: flo
 def _evaluate(
     policy: ValueHeadLM, task: Task, ids: Tensor, starts: Tensor, lengths: Tensor, microbatch_episodes: int
 ) -> Evaluation:
-    """`policy.evaluate` in microbatches; `bootstrap_values` come back normalised, as `normalized_values` do."""
-    truncates = task.options.length_end == "truncate"
+    """`policy.evaluate` in microbatches."""
     parts = [
         policy.evaluate(
             ids[rows],
@@ -184,7 +184,7 @@ def _evaluate(
             lengths[rows],
             temperature=task.options.temperature,
             with_entropy=True,
-            with_bootstrap=truncates,
+            with_bootstrap=task.options.length_end == "truncate",
         )
         for rows in torch.arange(len(ids), device=ids.device).split(microbatch_episodes)
     ]
@@ -193,7 +193,4 @@ def _evaluate(
     def join(tensors: Sequence[Tensor]) -> Tensor:
         return torch.cat([torch.nn.functional.pad(t, (0, steps - t.shape[1])) if t.ndim == 2 else t for t in tensors])
 
-    whole = Evaluation(*(join(tensors) for tensors in zip(*parts, strict=True)))
-    if not truncates:
-        return whole
-    return whole._replace(bootstrap_values=policy.value_head.normalize(whole.bootstrap_values))
+    return Evaluation(*(join(tensors) for tensors in zip(*parts, strict=True)))

@@ -14,7 +14,7 @@ from agents.masked import is_constant, masked_mean, masked_var
 from agents.value_head import ValueHead
 
 
-def first_value_scale(head: ValueHead, returns: Tensor, mask: Tensor) -> None:
+def first_value_scale(head: ValueHead, returns: Tensor, mask: Tensor) -> bool:
     """Set μ and σ from the first returns ever seen.
 
     A new head (u = 0) then starts at V = μ; one that came from a reward model keeps the values it has. Returns that are
@@ -24,13 +24,18 @@ def first_value_scale(head: ValueHead, returns: Tensor, mask: Tensor) -> None:
         head: Its statistics are set.
         returns: `[B, T]`.
         mask: `[B, T]` bool.
+
+    Returns:
+        Whether the values moved: every V is μ now.
     """
     mean, variance = _moments(returns, mask)
     std = math.sqrt(variance) if variance > 0 else abs(mean)
     if std == 0:
-        return
-    head.rescale_values(mean, std, preserve=bool(head.linear.weight.any()))
+        return False
+    new = not bool(head.linear.weight.any() or head.linear.bias.any())
+    head.rescale_values(mean, std, preserve=not new)
     head.value_count.add_(1)
+    return new
 
 
 def update_value_scale(head: ValueHead, returns: Tensor, mask: Tensor, decay: float) -> None:
@@ -45,7 +50,8 @@ def update_value_scale(head: ValueHead, returns: Tensor, mask: Tensor, decay: fl
         decay: Weight of the past, in [0, 1].
     """
     if head.value_count == 0:  # all returns so far were 0, or the rollout is somebody else's
-        return first_value_scale(head, returns, mask)
+        first_value_scale(head, returns, mask)
+        return
     mean, variance = _moments(returns, mask)
     old_mean, old_variance, new = float(head.value_mean), float(head.value_std) ** 2, 1.0 - decay
     shift = mean - old_mean

@@ -35,7 +35,7 @@ ITERATIONS = 60
 SETTINGS: dict[str, tuple[str, PPOConfig]] = {
     # TRL 1.12's own: its critic is a second model, its schedule linear to 0.
     "trl": ("separate", PPOConfig(epochs=4, minibatches=4, learning_rate=3e-4, gae_lambda=0.95)),
-    "separate": ("separate", PPOConfig(epochs=2, minibatches=4, learning_rate=2.5e-4, gae_lambda=0.98)),
+    "separate": ("separate", PPOConfig(epochs=2, minibatches=4, learning_rate=2e-4, gae_lambda=0.98)),
     "shared": ("shared", PPOConfig(epochs=2, minibatches=4, learning_rate=6e-4, gae_lambda=0.98)),
 }
 

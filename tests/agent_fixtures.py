@@ -13,7 +13,7 @@ from agents.critic import build_critic
 from tests.conftest import make_llama
 from textenv import Shared, TextVectorEnv
 
-STOP = 1
+STOPS = [1, *range(20, 30)]
 PROMPTS = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14], [15, 16], [17]]
 
 
@@ -39,10 +39,10 @@ def make_env(
 ) -> TextVectorEnv:
     """An environment over a tiny Llama; about half of the episodes stop early, so lengths are ragged."""
     defaults: dict[str, Any] = {
-        "reference": Shared(make_llama() if reference is None else reference),
+        "reference": reference if isinstance(reference, Shared) else Shared(reference or make_llama()),
         "prompts": PROMPTS,
         "reward": IdsReward(lambda p, r: scale * score(p, r)),
-        "stop_token_ids": [STOP, 2, 3, 4],
+        "stop_token_ids": STOPS,
         "max_new_tokens": 6,
         "kl_coef": 0.1 * scale,
     }
@@ -86,8 +86,9 @@ def identical(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest difference between two sets of weights."""
+    """The largest difference between two sets of finite weights."""
     assert a.keys() == b.keys()
+    assert all(bool(tensor.isfinite().all()) for tensor in (*a.values(), *b.values()))
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 

@@ -170,7 +170,7 @@ def test_series_leaves_gaps_out() -> None:
 
 def test_learning_curve_draws_the_rows_and_the_band() -> None:
     data = rows(10)
-    data[4] |= {"evaluation/score_mean": 1.3, "evaluation/kl_mean": 0.9}
+    data[4] |= {"eval/score_mean": 1.3, "eval/kl_mean": 0.9}
     figure = learning_curve.learning_curve(data, evaluation(1, 0))
     score, kl = figure.axes
     curves = [list(line.get_ydata()) for line in score.lines]

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,14 +180,20 @@ def output_head(model: Any) -> Callable[[Tensor], Tensor]:
     divisor = getattr(config, "logits_scaling", None)  # Granite
     if not (cap or factor or divisor):
         return embeddings
+    return _ScaledHead(embeddings, (factor or 1.0) / (divisor or 1.0), cap)
 
-    def head(hidden: Tensor) -> Tensor:
-        logits = embeddings(hidden)
-        logits = logits * factor if factor else logits
-        logits = logits / divisor if divisor else logits
-        return torch.tanh(logits / cap) * cap if cap else logits
 
-    return head
+@dataclass(frozen=True)
+class _ScaledHead:
+    """cap · tanh(scale · W h / cap); a class, because environments are pickled and a closure is not."""
+
+    embeddings: nn.Module
+    scale: float
+    cap: float | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        logits = self.embeddings(hidden) * self.scale
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
 
 
 @torch.no_grad()
