@@ -96,6 +96,9 @@ class PPO:
 
         Returns:
             The metrics of each update.
+
+        Raises:
+            ValueError: If `iterations` is no count.
         """
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
             raise ValueError(f"iterations: expected an integer >= 0, got {iterations!r}")

@@ -112,7 +112,12 @@ def collect(
         gamma: Discount of the returns that first set the value scale.
         score_clip: Bound of the scores that are learnt from.
         autocast: Makes the context of each forward.
+
+    Raises:
+        ValueError: If there are no prompts, or as `sample` and `replay`.
     """
+    if not len(prompts):
+        raise ValueError("prompts: expected at least one, got none")
     start = time.perf_counter()
     with autocast():
         samples = sample_responses(sampler, task, prompts, seed)

@@ -1,4 +1,6 @@
-"""PPO on real material: `stories260K` learns to write words of positive valence, one thread, 60 iterations of 64 × 48 tokens.
+"""PPO on real material: `stories260K` learns to write words of positive valence.
+
+One thread, 60 iterations of 64 responses of 48 tokens.
 
 The score of a response is the sum of the human valence (VADER lexicon) of its words; β = 0.5, fixed-length responses,
 prompts of 8 tokens. The objective is score − 0.5·KL over the last five iterations; the untrained model has 3.34.
@@ -6,8 +8,8 @@ prompts of 8 tokens. The objective is score − 0.5·KL over the last five itera
     python scripts/benchmark_valence.py --settings separate --seeds 0 1 2 3 4 5 6 7
     python scripts/benchmark_valence.py --table
 
-Needs the material: a folder with models/stories260K, data/vader_lexicon.txt and data/tinystories_openings.txt, by default
-`../shared/material` or what the environment variable TEXTENV_MATERIAL names. Without it the script says so and stops.
+Needs the material: a folder with models/stories260K, data/vader_lexicon.txt and data/tinystories_openings.txt, by
+default `../shared/material` or what the environment variable TEXTENV_MATERIAL names. Without it the script says so.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +91,7 @@ def run(material: Path, setting: str, seed: int) -> dict[str, Any]:
         kl_coef=KL_COEF,
     )
     critic, config = SETTINGS[setting]
-    agent = PPO(ValueHeadLM.from_pretrained(folder, critic=critic), envs, _with_seed(config, seed))
+    agent = PPO(ValueHeadLM.from_pretrained(folder, critic=critic), envs, replace(config, seed=seed))
     start = time.process_time()
     history = agent.learn(ITERATIONS)
     seconds = time.process_time() - start
@@ -105,12 +107,6 @@ def run(material: Path, setting: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _with_seed(config: PPOConfig, seed: int) -> PPOConfig:
-    from dataclasses import replace
-
-    return replace(config, seed=seed)
-
-
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of every run, and the means."""
     lines = ["| settings | seed | objective | score | KL | CPU s |", "|---|--:|--:|--:|--:|--:|"]
@@ -123,6 +119,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             means = " | ".join(_mean_se([row[key] for row in mine]) for key in ("objective", "score", "kl"))
             lines.append(f"| **{setting}** | mean ± SE | {means} | {_mean_se([r['cpu_seconds'] for r in mine], 0)} |")
     return "\n".join(lines) + "\n"
+
+
+def _settings() -> str:
+    """What the settings' names stand for, where they differ from `PPOConfig`'s defaults."""
+    default = PPOConfig()
+    lines = []
+    for name, (critic, config) in SETTINGS.items():
+        changed = [f"{f.name}={getattr(config, f.name)}" for f in fields(config) if _differs(f.name, config, default)]
+        lines.append(f"- `{name}`: critic `{critic}`, {', '.join(changed) or 'defaults'}")
+    return "\n".join(lines)
+
+
+def _differs(name: str, config: PPOConfig, default: PPOConfig) -> bool:
+    return getattr(config, name) != getattr(default, name)
 
 
 def _mean_se(values: Sequence[float], digits: int = 2) -> str:
@@ -148,8 +158,9 @@ def main(flags: Flags) -> None:
                     print(json.dumps(rows[-1]), flush=True)
                     with flags.results.open("a") as file:
                         file.write(json.dumps(rows[-1]) + "\n")
-    text = Path(__file__).read_text(encoding="utf8").split('"""')[1].split("\n\n")[1].strip()
-    flags.results.with_suffix(".md").write_text(f"# Valence of stories260K\n\n{text}\n\n{table(rows)}", encoding="utf8")
+    what = "\n\n".join((__doc__ or "").split("\n\n")[1:3])
+    page = f"# Valence of stories260K\n\n{what}\n\n{_settings()}\n\n{table(rows)}"
+    flags.results.with_suffix(".md").write_text(page, encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ python scripts/chat.py --prompt "Once upon a time" --samples 3
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import tyro
@@ -49,7 +50,8 @@ def main(flags: Flags) -> None:
         source, device=device_of(flags.device), trust_remote_code=flags.trust_remote_code
     )
     tokenizer = load_tokenizer(source, argument="model")
-    stops = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    eos: Any = tokenizer.eos_token_id
+    stops = [] if eos is None else [eos]
     sampler, decode = TransformersSampler(policy), TextDecoder(tokenizer, frozenset(stops))
     seed = flags.seed
     while True:

@@ -1,9 +1,9 @@
 """Make the embedded models: a storyteller, its reward model, and openings.
 
-    python -m scripts.make_embedded --material ../shared/material --output textenv/embedded --device cuda
+    python -m scripts.make_embedded --material ../shared/material --output textenv/embedded
 
-About an hour on two CPU cores. `--quick` runs every stage at toy size in two minutes. A stage whose result is in `--work`
-is skipped.
+About an hour on two CPU cores. `--quick` runs every stage at toy size in two minutes. A stage whose result is in
+`--work` is skipped.
 """
 
 from __future__ import annotations

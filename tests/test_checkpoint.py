@@ -168,13 +168,14 @@ def full(*_: Any, **__: Any) -> None:
 
 def fill_disk(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Let the disk be full when `where` is reached; the files before it are written."""
-    place = {
+    place: dict[str, tuple[Any, str]] = {
         "head": (safetensors.torch, "save_file"),
         "optimizer": (checkpoint, "save_file"),
         "fsync": (os, "fsync"),
         "state": (Path, "write_text"),
     }
-    monkeypatch.setattr(*place[where], full)
+    owner, name = place[where]
+    monkeypatch.setattr(owner, name, full)
 
 
 @pytest.mark.parametrize("where", ["head", "optimizer", "fsync", "state"])
@@ -306,5 +307,5 @@ def test_a_damaged_checkpoint_is_refused(saved: Path, break_it: Callable[[Path],
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="folder: expected a checkpoint with trainer.json, got .*nowhere"):
+    with pytest.raises(ValueError, match=r"folder: expected a checkpoint with trainer.json, got .*nowhere"):
         PPO.load(tmp_path / "nowhere", make_env())

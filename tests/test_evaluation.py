@@ -128,9 +128,7 @@ def test_eval_every_adds_metrics_and_keeps_the_best_checkpoint(tmp_path: Path) -
     config = small_config(eval_every=2, learning_rate=3e-2, lr_schedule="constant")
     agent = PPO(make_policy(), make_env(), config, eval_prompts=HELDOUT * 4)
     states: dict[int, dict[str, torch.Tensor]] = {}
-    history = agent.learn(
-        8, lambda update, _: states.update({update: weights(agent.policy)}), folder=tmp_path
-    )
+    history = agent.learn(8, lambda update, _: states.update({update: weights(agent.policy)}), folder=tmp_path)
     evaluated = {number: row for number, row in enumerate(history, 1) if "eval/score_mean" in row}
     assert sorted(evaluated) == [2, 4, 6, 8]
     for row in evaluated.values():

@@ -41,7 +41,10 @@ def tables(policy: ValueHeadLM, rollout: Rollout, temperature: float) -> tuple[l
         ids = rollout.ids[row : row + 1, : start + length]
         with torch.no_grad():
             output = policy(ids)
-        laws = [oracles.log_softmax((output.logits[0, t] / temperature).tolist()) for t in range(start - 1, start + length - 1)]
+        laws = [
+            oracles.log_softmax((output.logits[0, t] / temperature).tolist())
+            for t in range(start - 1, start + length - 1)
+        ]
         logprobs.append([law[int(ids[0, start + t])] for t, law in enumerate(laws)])
         entropies.append([-math.fsum(math.exp(x) * x for x in law) for law in laws])
         values.append(output.values[0, start - 1 : start + length - 1].tolist())
@@ -124,9 +127,7 @@ def test_update_metrics_equal_plain_loops(name: str) -> None:
         return tensor + size * torch.randn(tensor.shape, generator=generator) * recorded.mask
 
     # As if collected by another policy and critic, so that ratios and clips are not trivial.
-    rollout = replace(
-        recorded, old_logprobs=shaken(recorded.old_logprobs, 1.0), values=shaken(recorded.values, 0.1)
-    )
+    rollout = replace(recorded, old_logprobs=shaken(recorded.old_logprobs, 1.0), values=shaken(recorded.values, 0.1))
     mean, std = (float(getattr(agent.policy.value_head, f"value_{which}")) for which in ("mean", "std"))
     logprobs, _, values = tables(agent.policy, rollout, 1.0)
     metrics = agent.update(rollout)
@@ -135,7 +136,8 @@ def test_update_metrics_equal_plain_loops(name: str) -> None:
         rewards = oracles.whiten(rewards, [[True] * len(row) for row in rewards], shift_mean=False, unbiased=True)
     old_values = ragged(rollout.values, rollout)
     advantages = [
-        oracles.advantages_of_episode(r, v, config.gamma, config.gae_lambda) for r, v in zip(rewards, old_values, strict=True)
+        oracles.advantages_of_episode(r, v, config.gamma, config.gae_lambda)
+        for r, v in zip(rewards, old_values, strict=True)
     ]
     returns = [a + v for a, v in zip(flat(advantages), flat(old_values), strict=True)]
     if config.whiten_advantages:
@@ -145,7 +147,9 @@ def test_update_metrics_equal_plain_loops(name: str) -> None:
     expect: dict[str, list[float]] = {"loss/policy": [], "loss/value": [], "kl/update": [], "ratio/mean": []}
     expect |= {"clip/policy": [], "clip/value": []}
     eps, high, value_eps = config.clip_eps, config.clip_eps_high or config.clip_eps, config.value_clip_eps
-    for lp, olp, adv, v, ov, ret in zip(new, old, flat(advantages), flat(values), flat(old_values), returns, strict=True):
+    for lp, olp, adv, v, ov, ret in zip(
+        new, old, flat(advantages), flat(values), flat(old_values), returns, strict=True
+    ):
         ratio = math.exp(lp - olp)
         expect["loss/policy"].append(oracles.clipped_surrogate(lp, olp, adv, eps, high, config.dual_clip))
         u, ou, target = ((x - mean) / std for x in (v, ov, ret))
@@ -202,6 +206,7 @@ def test_the_first_step_is_adam_with_this_epsilon(eps: float) -> None:
     agent.update(rollout)
     for name, parameter in agent.policy.named_parameters():
         lr = 1e-2 if name.startswith("lm.") else 3e-2
+        assert parameter.grad is not None
         gradient = parameter.grad.double()
         moved = before[name].double() - lr * gradient / (gradient.abs() + eps)  # m̂ = g and v̂ = g² at the first step
         if not name.startswith("value_head"):  # whose weights the statistics move too
@@ -231,7 +236,7 @@ def test_rates_reach_the_weights() -> None:
     def moved(critic_lr: float, lr: float) -> tuple[float, float]:
         config = small_config(learning_rate=lr, critic_learning_rate=critic_lr)
         agent = make_agent(config, critic="separate")
-        parts = agent.policy.lm, agent.policy.critic_backbone
+        parts: tuple[Any, Any] = agent.policy.lm, agent.policy.critic_backbone
         before = [weights(part) for part in parts]
         agent.learn(1)
         lm, critic = (distance(old, weights(part)) for old, part in zip(before, parts, strict=True))
@@ -310,9 +315,7 @@ def test_score_clip_bounds_what_is_learnt_from_and_not_what_is_told() -> None:
 def test_score_clip_leaves_the_kl_alone() -> None:
     options: dict[str, Any] = {"kl_credit": "sequence", "score": lambda *_: 5.0}
     lm = make_llama(initializer_range=0.2)
-    agents = [
-        PPO(make_policy(lm), make_env(**options), small_config(score_clip=clip)) for clip in (None, 1.0)
-    ]
+    agents = [PPO(make_policy(lm), make_env(**options), small_config(score_clip=clip)) for clip in (None, 1.0)]
     free, clipped = (agent.collect() for agent in agents)
     assert abs(float(free.kl.sum())) > 1
     assert torch.allclose(free.rewards.sum(1) - 4.0, clipped.rewards.sum(1), atol=1e-5)

@@ -194,7 +194,9 @@ def test_the_score_sits_on_the_last_token_and_nothing_is_worth_anything_after_it
     target = targets(rollout, small_config(gae_lambda=0.0, whiten_advantages=False, gamma=0.9))
     for row, length in episodes(rollout):
         response = rollout.ids[row, int(rollout.prompt_lengths[row]) :][:length].tolist()
-        assert rollout.rewards[row, :length].tolist() == pytest.approx([0.0] * (length - 1) + [even_share([], response)])
+        assert rollout.rewards[row, :length].tolist() == pytest.approx(
+            [0.0] * (length - 1) + [even_share([], response)]
+        )
         values = rollout.values[row].tolist()
         # λ = 0: Â_t = r_t + γ·V_{t+1} − V_t, with 0 for V after the end.
         expected = [0.9 * values[t + 1] - values[t] for t in range(length - 1)]
@@ -236,7 +238,8 @@ def test_global_random_states_are_left_alone() -> None:
     agent = make_agent(small_config(), lm=make_gpt2().train())
 
     def states() -> tuple[Any, Any, Any]:
-        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+        numpy_state: Any = np.random.get_state()
+        return torch.get_rng_state().tolist(), numpy_state[1].tolist(), random.getstate()
 
     before = states()
     agent.update(agent.collect())
@@ -280,7 +283,8 @@ def test_gradient_checkpointing_gives_the_same_update() -> None:
     for checkpointing in (False, True):
         agent = make_agent(critic="separate")
         if checkpointing:
-            for model in (agent.policy.lm, agent.policy.critic_backbone):
+            models: tuple[Any, Any] = agent.policy.lm, agent.policy.critic_backbone
+            for model in models:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         agent.learn(2)
         results.append(weights(agent.policy))

@@ -110,8 +110,8 @@ class Config:
 def shrink(config: Config) -> Config:
     """The toy sizes of ``quick``."""
     return replace(
-        config, teacher_stories=96, teacher_tokens=160, sample_rows=96, score_rows=64, vocabulary=512, hidden=64, heads=2,
-        key_value_heads=1, intermediate=128, layers=2, reward_layers=2, real_fractions=(0.3,), steps=60, batch_rows=16,
-        prompts=48, heldout=16, extra_openings=16, sampled_per_opening=6, adversarial_per_opening=6, reward_steps=60,
-        reward_pairs=16,
+        config, teacher_stories=96, teacher_tokens=160, sample_rows=96, score_rows=64, vocabulary=512, hidden=64,
+        heads=2, key_value_heads=1, intermediate=128, layers=2, reward_layers=2, real_fractions=(0.3,), steps=60,
+        batch_rows=16, prompts=48, heldout=16, extra_openings=16, sampled_per_opening=6, adversarial_per_opening=6,
+        reward_steps=60, reward_pairs=16,
     )  # fmt: skip

@@ -87,7 +87,7 @@ def train_reward_model(
     model.to(config.device).train()
     generator = make_generator(config.device, config.seed + 4)
 
-    def batch_at(_: int) -> tuple[Tensor, Tensor, Tensor]:
+    def batch_at(step: int) -> tuple[Tensor, Tensor, Tensor]:
         good, bad, _ = draw_pairs(told, config.reward_pairs, config.preference_sharpness, generator)
         return told.rows[good], told.rows[bad], told.lengths[torch.cat([good, bad])]
 

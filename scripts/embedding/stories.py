@@ -6,7 +6,7 @@ import json
 import random
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -45,7 +45,8 @@ def read_real(path: Path, seed: int, heldout_fraction: float = 0.05) -> tuple[li
 def sample_teacher(config: Config, path: Path) -> None:
     """Sample ``config.teacher_stories`` stories from stories260K and write them to ``path`` as JSON."""
     folder = config.material / "models" / "stories260K"
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(config.device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.to(config.device).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     generator = make_generator(config.device, config.seed)
     stories: list[Story] = []

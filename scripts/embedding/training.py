@@ -107,9 +107,7 @@ def train(
                 best, best_weights = now, {name: value.detach().clone() for name, value in model.state_dict().items()}
             mean = torch.stack(losses).mean().item()
             rate = step / (time.perf_counter() - began)
-            log(
-                f"  step {step:6d}  {progress:4.0%}  loss {mean:.4f}  held-out {now:.4f}  best {best:.4f}  {rate:.1f} steps/s"
-            )
+            log(f"  step {step:6d} {progress:4.0%}  loss {mean:.4f}  held-out {now:.4f} {best:.4f}  {rate:.1f} steps/s")
             losses.clear()
     if best_weights is not None:
         model.load_state_dict(best_weights)

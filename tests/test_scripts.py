@@ -1,0 +1,210 @@
+"""The command lines, run in this process on tiny models, and on the embedded ones where they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import textenv
+from tests.agent_fixtures import identical, weights
+
+tyro = pytest.importorskip("tyro")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+embedded = pytest.mark.skipif(not textenv.embedded.STORYTELLER.exists(), reason="no embedded models here")
+
+
+def run(script: str, *arguments: object) -> None:
+    """What `python scripts/<script>.py ...` does."""
+    from importlib import import_module
+
+    module = import_module(f"scripts.{script}")
+    module.main(tyro.cli(module.Flags, args=[str(argument) for argument in arguments]))
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Any:
+    """Scripts set global states of torch, as scripts may."""
+    grad, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    yield
+    torch.set_grad_enabled(grad)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_lm_folder: Path, tiny_reward_folder: Path) -> list[str]:
+    """Flags of a tiny task: `--env.*`."""
+    (tmp_path / "prompts.txt").write_text("w5 w6\nw7\nw8 w9 w10\n")
+    (tmp_path / "heldout.txt").write_text("w11 w12\nw13\n")
+    options = {
+        "reference": tiny_lm_folder,
+        "reward": tiny_reward_folder,
+        "prompts": tmp_path / "prompts.txt",
+        "heldout": tmp_path / "heldout.txt",
+        "max-prompt-tokens": 4,
+        "max-new-tokens": 5,
+        "device": "cpu",
+    }
+    return [word for name, value in options.items() for word in (f"--env.{name}", str(value))]
+
+
+PPO_FLAGS = ["--ppo.batch-episodes", "4", "--ppo.minibatches", "2", "--ppo.epochs", "1", "--threads", "1"]
+
+GROUPS = {
+    "train_ppo": [
+        "--iterations",
+        "--resume",
+        "--out",
+        "policy options",
+        "env options",
+        "ppo options",
+        "--ppo.gae-lambda",
+    ],
+    "evaluate": ["--model", "--baseline", "env options", "--env.max-new-tokens", "--samples"],
+    "chat": ["--model", "--prompt", "--temperature", "--samples"],
+}
+
+
+@pytest.mark.parametrize("script", GROUPS)
+def test_help_shows_every_group(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(script, "--help")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    for words in GROUPS[script]:
+        assert words in shown, words
+
+
+def test_every_setting_of_ppo_is_a_flag_with_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    from agents import PPOConfig
+
+    with pytest.raises(SystemExit):
+        run("train_ppo", "--help")
+    shown = capsys.readouterr().out
+    for name in PPOConfig.__dataclass_fields__:
+        flag = name.replace("_", "-")
+        assert f"--ppo.{flag}" in shown or f"--ppo.no-{flag}" in shown, name
+    assert "Share of the value loss" in shown
+
+
+def test_a_script_runs_as_a_file() -> None:
+    command = [sys.executable, "scripts/chat.py", "--help"]
+    # PYTHONPATH does what `pip install -e .` does, where that has not been done.
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "python scripts/chat.py --model runs/ppo/policy" in done.stdout
+
+
+def test_train_resume_evaluate_and_chat(tmp_path: Path, world: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from agents import ValueHeadLM
+
+    out = tmp_path / "run"
+    run("train_ppo", *world, *PPO_FLAGS, "--iterations", 2, "--out", out)
+    names = {path.name for path in out.iterdir()}
+    wanted = {"metrics.jsonl", "tensorboard", "samples.md", "learning_curve.png", "report.html", "policy", "checkpoint"}
+    assert wanted <= names
+    assert [json.loads(line)["iteration"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    assert list((out / "tensorboard").iterdir())
+    assert (out / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "w11 w12" in (out / "samples.md").read_text()
+    before = json.loads((out / "before.json").read_text())
+    policy = AutoModelForCausalLM.from_pretrained(out / "policy")
+    assert identical(weights(policy), weights(ValueHeadLM.from_pretrained(out / "checkpoint").lm))
+    assert AutoTokenizer.from_pretrained(out / "policy")("w5")["input_ids"] == [5]
+
+    run("train_ppo", *world, *PPO_FLAGS, "--iterations", 3, "--out", out, "--resume")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    assert json.loads((out / "before.json").read_text()) == before
+    resumed = AutoModelForCausalLM.from_pretrained(out / "policy")
+    assert not identical(weights(policy), weights(resumed))
+    assert json.loads((out / "checkpoint" / "trainer.json").read_text())["updates"] == 3
+
+    capsys.readouterr()
+    run("evaluate", "--model", out / "policy", *world, "--out", tmp_path / "evaluation.json")
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert result["baseline"]["responses"] == before["responses"]  # the reference, with the same seed
+    assert result["model"]["prompts"] == before["prompts"] == ["w11 w12", "w13"]
+    assert "w11 w12" in capsys.readouterr().out
+
+    run("chat", "--model", out / "policy", "--prompt", "w5 w6", "--samples", 2, "--max-new-tokens", 4)
+    assert capsys.readouterr().out.count("w5 w6") == 2
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_lora_trains_and_resumes_with_its_optimizer(tmp_path: Path, world: list[str], critic: str) -> None:
+    pytest.importorskip("peft")
+    flags = [*world, *PPO_FLAGS, "--policy.lora-rank", "2", "--policy.critic", critic, "--ppo.schedule-updates", "3"]
+    for name, iterations in (("whole", [2]), ("parts", [1, 2])):
+        for number, until in enumerate(iterations):
+            resume = ["--resume"] if number else []
+            run("train_ppo", *flags, "--iterations", until, "--out", tmp_path / name, *resume)
+    whole, parts = (
+        json.loads((tmp_path / name / "checkpoint" / "trainer.json").read_text()) for name in ("whole", "parts")
+    )
+    assert whole == parts
+    assert whole["updates"] == 2
+    from safetensors.torch import load_file
+
+    adapters = [load_file(tmp_path / name / "policy/adapter/adapter_model.safetensors") for name in ("whole", "parts")]
+    assert identical(*adapters)
+
+
+def test_chat_reads_an_adapter(tmp_path: Path, tiny_lm_folder: Path, tiny_tokenizer: Any, capsys: Any) -> None:
+    peft = pytest.importorskip("peft")
+    from agents import ValueHeadLM
+
+    policy = ValueHeadLM.from_pretrained(
+        tiny_lm_folder, lora=peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, lora_alpha=64)
+    )
+    policy.save_pretrained(tmp_path / "policy", tiny_tokenizer)
+    outputs = []
+    for model in (tiny_lm_folder, tmp_path / "policy"):
+        run("chat", "--model", model, "--prompt", "w5 w6")
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] != outputs[1]
+
+
+def test_chat_asks_until_the_input_ends(
+    tiny_lm_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.console import Console
+
+    lines = iter(["w5 w6", "w7"])
+
+    def answer(self: Console, *_: object) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(Console, "input", answer)
+    run("chat", "--model", tiny_lm_folder, "--max-new-tokens", 3)
+    shown = capsys.readouterr().out
+    assert "w5 w6" in shown
+    assert "w7" in shown
+
+
+def test_resuming_without_a_checkpoint_says_so(tmp_path: Path, world: list[str]) -> None:
+    with pytest.raises(ValueError, match="checkpoint"):
+        run("train_ppo", *world, *PPO_FLAGS, "--iterations", 1, "--out", tmp_path / "none", "--resume")
+
+
+@embedded
+def test_the_embedded_default_trains(tmp_path: Path) -> None:
+    (tmp_path / "heldout.txt").write_text("\n".join(textenv.embedded.HELDOUT.read_text().splitlines()[:4]))
+    flags = ["--env.heldout", tmp_path / "heldout.txt", "--env.max-new-tokens", 6, "--env.device", "cpu"]
+    run("train_ppo", *flags, *PPO_FLAGS, "--iterations", 1, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").exists()
+    run("chat", "--model", tmp_path / "run" / "policy", "--prompt", "Once upon a time", "--max-new-tokens", 4)
