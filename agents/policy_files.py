@@ -18,7 +18,7 @@ from torch import Tensor
 
 from agents.critic import Critic, build_critic
 from agents.value_head import ValueHead
-from textenv.models import load_causal_lm, unwrap
+from textenv.models import load_causal_lm, no_progress_bar, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +54,7 @@ def load_parts(
     return wrap_lora(lm, source, lora), parts
 
 
+@no_progress_bar()
 def save_policy_files(lm: Any, critic: Critic, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
     """Write a policy; see `ValueHeadLM.save_pretrained`.
 
@@ -98,6 +99,7 @@ def saved_critic_kind(source: str | Path) -> str | None:
     return description["critic"]
 
 
+@no_progress_bar()
 def load_critic_files(folder: str | Path, device: torch.device | str, dtype: torch.dtype) -> Critic:
     """Read back the critic that `save_policy_files` wrote."""
     from safetensors.torch import load_file

@@ -19,7 +19,8 @@ tyro = pytest.importorskip("tyro")
 
 ROOT = Path(__file__).resolve().parents[1]
 
-embedded = pytest.mark.skipif(not textenv.embedded.STORYTELLER.exists(), reason="no embedded models here")
+MODELS = (textenv.embedded.STORYTELLER, textenv.embedded.REWARD)
+embedded = pytest.mark.skipif(not all(path.exists() for path in MODELS), reason="no embedded models here")
 
 
 def run(script: str, *arguments: object) -> None:

@@ -239,7 +239,7 @@ def _output_embeddings(module: Any) -> nn.Module:
 def _load_weights(
     factory: Any, source: str | Path, argument: str, kind: str, dtype: torch.dtype, trust_remote_code: bool
 ) -> Any:
-    with _no_progress_bar():
+    with no_progress_bar():
         model, report = _load(
             factory,
             source,
@@ -257,7 +257,7 @@ def _load_weights(
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Keep transformers from drawing a bar for every environment that is made."""
     from transformers.utils import logging
 

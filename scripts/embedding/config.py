@@ -80,11 +80,11 @@ class Config:
     """Openings in prompts.txt."""
     heldout: int = 256
     """Openings in heldout.txt."""
-    extra_openings: int = 512
+    extra_openings: int = 64
     """Further openings, cut from training stories, on which preferences are collected."""
-    sampled_per_opening: int = 12
+    sampled_per_opening: int = 9
     """Continuations sampled per opening: a third each plain, hotter, steered."""
-    adversarial_per_opening: int = 5
+    adversarial_per_opening: int = 3
     """Degenerate continuations made per opening."""
     reward_steps: int = 1500
     """Optimizer steps of the reward model."""
