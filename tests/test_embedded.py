@@ -113,8 +113,10 @@ def test_reference_scores_have_mean_zero_and_deviation_one() -> None:
 
 @made
 def test_happy_text_scores_above_sad_text() -> None:
+    # After an opening, as the environment scores them: the model was never shown a continuation without one.
+    opening = "Once upon a time, there was a boy named Ben. He had a dog. "
     tokenizer = AutoTokenizer.from_pretrained(REWARD)
-    flat = scores([tokenizer.encode(text) for pair in HAPPY_AND_SAD for text in pair]).view(-1, 2)
+    flat = scores([tokenizer.encode(opening + text) for pair in HAPPY_AND_SAD for text in pair]).view(-1, 2)
     assert (flat[:, 0] > flat[:, 1]).sum() >= 9
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -105,6 +106,9 @@ def read_events(folder: Path) -> list[tuple[int, float]]:
 
 def test_tensorboard_keeps_one_value_per_iteration_over_a_resume(tmp_path: Path) -> None:
     for first, last, value in ((0, 3, 1.0), (2, 4, 2.0)):
+        # Files are read in the order of their names, which hold the second and an unpadded count of the process's
+        # files: two of one second are out of order when the count gains a digit. A resumed run is another process.
+        time.sleep(1.1)
         board = TensorBoard(tmp_path, first_iteration=first)
         for iteration in range(first, last):
             board.log(iteration, {"score/mean": value})
