@@ -10,7 +10,8 @@ ARGS   ?=
 
 VENV   := .venv
 BIN    := $(VENV)/bin
-DEMO   := $(BIN)/python scripts/train_ppo.py --out runs/demo
+# One thread: the models are so small that more would cost more than they bring.
+DEMO   := $(BIN)/python scripts/train_ppo.py --out runs/demo --threads 1
 PYTEST  = $(BIN)/python -m pytest $(if $(filter-out 1,$(JOBS)),-n $(JOBS)) $(ARGS)
 PIP    := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 

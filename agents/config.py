@@ -23,10 +23,10 @@ class PPOConfig:
     epochs: int = 2
     """Passes over each rollout."""
     minibatches: int = 4
-    """Optimizer steps of an epoch; divides the rollout by episodes."""
+    """Optimizer steps of an epoch, each on its share of the episodes."""
     microbatch_episodes: int | None = None
     """Episodes of one forward and backward; None: a whole minibatch. Changes memory, never the update."""
-    learning_rate: float = 6e-4
+    learning_rate: float = 2e-4
     """Adam's step size for the language model."""
     critic_learning_rate: float | None = None
     """Adam's step size for the value head and a separate critic; None: `learning_rate`."""

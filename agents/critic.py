@@ -48,6 +48,8 @@ def build_critic(
     if kind == "separate":
         return Critic("separate", ValueHead(size, device), copy.deepcopy(trunk).requires_grad_(True))
     model: Any
+    if not Path(kind).is_dir() and "/" not in str(kind):
+        raise ValueError(f"critic: expected 'shared', 'separate' or the folder of a reward model, got {str(kind)!r}")
     model, _ = load_classifier(kind, argument="critic", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
     score = getattr(model, "score", None)
     if not isinstance(score, nn.Linear):

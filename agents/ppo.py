@@ -22,7 +22,9 @@ from agents.sampling import Sampler, TransformersSampler
 from agents.schedule import lr_factor
 from agents.update import Targets, minibatches, optimizer_step, targets
 from agents.value_scale import update_value_scale
+from textenv.env import TextEnv
 from textenv.prompts import Prompt, PromptStream
+from textenv.vector_env import TextVectorEnv
 
 Callback = Callable[[int, Mapping[str, float]], Any]
 """`(updates done, metrics)`; returning False ends `learn`."""
@@ -61,6 +63,7 @@ class PPO:
         Raises:
             ValueError: If the environment cannot be learnt from with this policy.
         """
+        _check_parts(policy, envs, config)
         self.policy, self.envs, self.config = policy, envs, config or PPOConfig()
         self.task = envs.unwrapped.task
         if self.task.kl_source == "reference":
@@ -102,6 +105,8 @@ class PPO:
         """
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
             raise ValueError(f"iterations: expected an integer >= 0, got {iterations!r}")
+        if folder is not None and not self.config.eval_every:
+            raise ValueError("folder: expected None, because eval_every is 0 and nothing is found best, got a folder")
         if self.config.schedule_updates is None:
             self.schedule_updates = max(self.schedule_updates or 0, self.updates + iterations)
         history = []
@@ -235,6 +240,16 @@ class PPO:
             if best is not None:
                 self.save(best)
         return {f"eval/{name}": value for name, value in summary.items()} | {"eval/objective": objective}
+
+
+def _check_parts(policy: Any, envs: Any, config: Any) -> None:
+    """The mistakes that would otherwise end in an AttributeError."""
+    if not isinstance(policy, ValueHeadLM):
+        raise ValueError(f"policy: expected a ValueHeadLM (ValueHeadLM(model) makes one), got {type(policy).__name__}")
+    if not isinstance(getattr(envs, "unwrapped", None), TextEnv | TextVectorEnv):
+        raise ValueError(f"envs: expected gym.make or gym.make_vec of 'RLHF-Text-v0', got {type(envs).__name__}")
+    if config is not None and not isinstance(config, PPOConfig):
+        raise ValueError(f"config: expected a PPOConfig, got {type(config).__name__}")
 
 
 def _optimizer(policy: ValueHeadLM, config: PPOConfig) -> torch.optim.Optimizer:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 import textenv
 from agents import TransformersSampler, ValueHeadLM
-from scripts.options import device_of
+from scripts.options import device_of, run
 from textenv.models import load_tokenizer
 from textenv.rewards.base import TextDecoder
 
@@ -86,4 +86,4 @@ def _plain(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    run(main, tyro.cli(Flags, description=__doc__))

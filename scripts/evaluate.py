@@ -17,7 +17,7 @@ from rich.console import Console
 import textenv
 from agents import Evaluation, ValueHeadLM, evaluate
 from agents.report import print_comparison
-from scripts.options import EnvFlags, device_of, heldout_prompts, make_env
+from scripts.options import EnvFlags, device_of, heldout_prompts, make_env, run
 
 
 @dataclass(frozen=True)
@@ -60,4 +60,4 @@ def main(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    run(main, tyro.cli(Flags, description=__doc__))

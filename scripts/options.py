@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +38,7 @@ class EnvFlags:
     """Ids that end a response; the tokenizer's EOS if absent."""
     temperature: float = 1.0
     """Of the policy and the reference alike."""
-    kl_coef: float = 0.1
+    kl_coef: float = 0.15
     """β, the price of a nat of KL."""
     kl_target: float | None = None
     """Nats per response that an adaptive β steers to; β is fixed if absent."""
@@ -86,3 +88,11 @@ def make_env(flags: EnvFlags, *, reference: Any = None, prompts: Any = None) -> 
 def heldout_prompts(flags: EnvFlags) -> list[Any]:
     """The prompts to evaluate on."""
     return textenv.read_prompts(flags.heldout if flags.heldout is not None else textenv.embedded.HELDOUT)
+
+
+def run(main: Callable[[Any], None], flags: Any) -> None:
+    """Call a script's main; a bad argument is one line, not a traceback."""
+    try:
+        main(flags)
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -11,6 +11,7 @@ was not trained on, and writes everything to `runs/ppo`: `metrics.jsonl`, Tensor
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ import textenv
 from agents import PPO, Evaluation, PPOConfig, ValueHeadLM
 from agents.report import print_comparison, write_report
 from agents.tracking import MetricsFile, Progress, TensorBoard, Trackers, read_metrics
-from scripts.options import EnvFlags, device_of, heldout_prompts, make_env
+from scripts.options import EnvFlags, device_of, heldout_prompts, make_env, run
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Flags:
 
     policy: PolicyFlags = field(default_factory=PolicyFlags)
     env: EnvFlags = field(default_factory=EnvFlags)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
-    iterations: int = 40
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(entropy_coef=0.05))
+    iterations: int = 120
     """Updates to do in all."""
     save_every: int = 10
     """Updates between checkpoints; 0: at the end only."""
@@ -72,6 +73,11 @@ def main(flags: Flags) -> None:
     model = flags.policy.model or flags.env.reference or "the embedded storyteller"
     parameters = sum(p.numel() for p in agent.policy.lm.parameters()) / 1e6
     console.print(f"[bold]PPO[/] on {model} ({parameters:.1f}M parameters, {agent.task.device}) → {flags.out}")
+    if flags.resume and agent.config != flags.ppo:
+        console.print("[yellow]The checkpoint's PPO settings are kept; those of the flags differ and are ignored.[/]")
+    if not flags.resume:
+        shutil.rmtree(flags.out / "tensorboard", ignore_errors=True)  # or TensorBoard would mix the runs
+    console.print(f"[dim]evaluating on {len(heldout)} held-out prompts ...[/]")
     before = _first_evaluation(flags.out / "before.json", agent, heldout, fresh=not flags.resume)
     start = time.perf_counter()
     with Trackers(
@@ -87,7 +93,9 @@ def main(flags: Flags) -> None:
             if flags.save_every and update % flags.save_every == 0:
                 agent.save(checkpoint)
 
-        agent.learn(max(0, flags.iterations - agent.updates), after_update, folder=flags.out)
+        agent.learn(
+            max(0, flags.iterations - agent.updates), after_update, folder=flags.out if flags.ppo.eval_every else None
+        )
     console.print(f"trained in {time.perf_counter() - start:.0f} s")
     agent.save(checkpoint)
     agent.policy.save_pretrained(policy_folder, agent.task.tokenizer)
@@ -140,4 +148,4 @@ def _first_evaluation(path: Path, agent: PPO, heldout: list[Any], *, fresh: bool
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Flags, description=__doc__))
+    run(main, tyro.cli(Flags, description=__doc__))

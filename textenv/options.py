@@ -49,7 +49,7 @@ class EnvOptions:
     """Ids that end a response. None: the tokenizer's EOS. Empty: only the length ends it."""
     temperature: float = 1.0
     """π and π_ref are both softmax(logits/temperature)."""
-    kl_coef: float | KLController = 0.1
+    kl_coef: float | KLController = 0.15
     """β ≥ 0, or a controller. 0 loads no reference model."""
     kl_source: KLSource | None = None
     """Who knows log π: `agent`, `policy` or `reference`. None: `policy` if `policy` is given, else `agent`."""
@@ -136,9 +136,12 @@ class EnvOptions:
     def torch_device(self) -> torch.device:
         """`device` as torch knows it."""
         try:
-            return torch.device(self.device)
+            device = torch.device(self.device)
         except RuntimeError as error:
             raise ValueError(f"device: expected a torch device such as 'cpu' or 'cuda', got {self.device!r}") from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: expected one that is here, got {self.device!r}, and PyTorch finds no GPU")
+        return device
 
 
 def _one_of(name: str, value: Any, legal: Sequence[Any]) -> None:

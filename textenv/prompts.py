@@ -105,7 +105,7 @@ def tokenize_prompts(
             if overflow == "error":
                 raise ValueError(
                     f"prompts: expected at most max_prompt_tokens={max_prompt_tokens} tokens, got {len(ids)} in prompt "
-                    f"{number} ({_short(row)}); prompt_overflow='left' would cut it"
+                    f"{number} ({_short(row)}); a larger max_prompt_tokens would take it, prompt_overflow='left' cut it"
                 )
             ids = ids[-max_prompt_tokens:]
         result.append(ids)

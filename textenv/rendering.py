@@ -40,7 +40,7 @@ def _table(core: TextCore, row: int, response: list[int]) -> list[str]:
     rewards, refs, logprobs = (core.payments.history[key][row].tolist() for key in ("reward", "ref_logprob", "logprob"))
     lines = [f"{'t':>3}  {'id':>6}  {'token':<14} {'log π_ref':>9} {'KL':>8} {'reward':>8}"]
     for step, token in enumerate(response):
-        piece = "" if tokenizer is None else repr(tokenizer.convert_ids_to_tokens(token))[1:-1]
+        piece = "" if tokenizer is None else repr(tokenizer.decode([token]))[1:-1]
         ref = f"{refs[step]:.3f}" if ref_known else "?"
         kl = f"{logprobs[step] - refs[step]:+.3f}" if ref_known and core.knows_kl else "?"
         lines.append(f"{step:>3}  {token:>6}  {piece:<14.14} {ref:>9} {kl:>8} {rewards[step]:>+8.3f}")

@@ -91,6 +91,8 @@ class Task:
 
     def tokenize(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of prompts given at run time, held to this task's limits."""
+        if isinstance(prompts, str):
+            raise ValueError(f"prompts: expected a list of prompts, got one string, {prompts!r}")
         return tokenize_prompts(
             prompts,
             self.tokenizer,
