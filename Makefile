@@ -2,7 +2,7 @@
 #
 #   PYTHON   the interpreter that makes .venv            (default python3, needs 3.11 or later)
 #   JOBS     test processes                              (default 1)
-#   ARGS     more flags for the demo or for pytest       (e.g. make demo ARGS='--seed 1')
+#   ARGS     more flags for the demo or for pytest       (e.g. make demo ARGS='--ppo.seed 1')
 
 PYTHON ?= python3
 JOBS   ?= 1

@@ -1,5 +1,6 @@
 """Agents that learn in `RLHF-Text-v0`: a value-headed language-model policy, samplers, and PPO."""
 
+from agents import kl, logprobs, losses, masked, returns
 from agents.config import PPOConfig
 from agents.evaluation import Evaluation, evaluate
 from agents.policy import ValueHeadLM
@@ -17,4 +18,9 @@ __all__ = [
     "TransformersSampler",
     "ValueHeadLM",
     "evaluate",
+    "kl",
+    "logprobs",
+    "losses",
+    "masked",
+    "returns",
 ]

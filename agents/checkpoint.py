@@ -49,6 +49,7 @@ def save(agent: PPO, folder: Path) -> None:
             "dtype": str(next(agent.policy.lm.parameters()).dtype).removeprefix("torch."),
             "config": asdict(agent.config),
             "updates": agent.updates,
+            "collections": agent.collections,
             "schedule_updates": agent.schedule_updates,
             "best_objective": agent.best_objective if agent.best_objective > -float("inf") else None,
             "prompts": agent.prompts.state_dict(),
@@ -88,6 +89,7 @@ def load(
         policy = ValueHeadLM.from_pretrained(folder, device=task.device, dtype=getattr(torch, state["dtype"]))
     agent = cls(policy, envs, config, sampler, eval_prompts=eval_prompts)
     agent.updates, agent.schedule_updates = state["updates"], state["schedule_updates"]
+    agent.collections = state["collections"]
     if state["best_objective"] is not None:
         agent.best_objective = state["best_objective"]
     agent.prompts.load_state_dict(state["prompts"])

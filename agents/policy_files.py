@@ -10,6 +10,7 @@ adapter/                              LoRA weights, a PEFT folder of their own
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,8 @@ def save_policy_files(lm: Any, critic: Critic, folder: Path, tokenizer: PreTrain
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    for part in (_ADAPTER, _TRUNK):  # another policy's, which would be loaded with this one
+        shutil.rmtree(folder / part, ignore_errors=True)
     base = unwrap(lm)
     if base is lm:
         base.save_pretrained(folder)

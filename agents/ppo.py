@@ -40,6 +40,7 @@ class PPO:
         policy: The `ValueHeadLM` that learns.
         task: The environment's: its models, prompts, limits and β.
         updates: Updates done.
+        collections: Rollouts collected.
     """
 
     def __init__(
@@ -63,25 +64,17 @@ class PPO:
         Raises:
             ValueError: If the environment cannot be learnt from with this policy.
         """
-        _check_parts(policy, envs, config)
         self.policy, self.envs, self.config = policy, envs, config or PPOConfig()
-        self.task = envs.unwrapped.task
-        if self.task.kl_source == "reference":
-            raise ValueError(
-                "kl_source: expected 'agent' or 'policy', got 'reference', which is for maximum-entropy algorithms; "
-                "under PPO it teaches short responses"
-            )
-        if policy.vocab_size != self.task.vocab_size:
-            raise ValueError(
-                f"policy: expected the reference's vocabulary of {self.task.vocab_size}, got {policy.vocab_size}"
-            )
+        _check_parts(policy, envs, self.config)
         if self.config.eval_every and not eval_prompts:
             raise ValueError("eval_prompts: expected held-out prompts, because eval_every is set, got none")
+        self.task = envs.unwrapped.task
         self.sampler = sampler or TransformersSampler(policy)
         self.eval_prompts = None if eval_prompts is None else self.task.tokenize(eval_prompts)
         self.prompts = PromptStream(len(self.task.prompts), seed=self.config.seed)
         self.optimizer = _optimizer(policy, self.config)
         self.updates = 0
+        self.collections = 0
         self.schedule_updates = self.config.schedule_updates
         self.best_objective = -float("inf")
 
@@ -130,14 +123,17 @@ class PPO:
             chosen = [self.task.prompts[index] for index in self.prompts.take(self.config.batch_episodes)]
         else:
             chosen = self.task.tokenize(prompts)
+        seed = self._seed(0, self.collections)
+        self.collections += 1
         return collect(
             self.policy,
             self.task,
             self.sampler,
             chosen,
-            seed=self._seed(0),
+            seed=seed,
             microbatch_episodes=self.config.forward_episodes,
             gamma=self.config.gamma,
+            whiten_rewards=self.config.whiten_rewards,
             score_clip=self.config.score_clip,
             autocast=self._autocast,
         )
@@ -155,7 +151,7 @@ class PPO:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         sums: defaultdict[str, float] = defaultdict(float)
-        for rows in minibatches(len(rollout.ids), config, self._seed(1)):
+        for rows in minibatches(len(rollout.ids), config, self._seed(1, self.updates)):
             found = optimizer_step(
                 self.policy,
                 self.optimizer,
@@ -172,7 +168,8 @@ class PPO:
                 sums[name] += value
         # Before the controller moves: these are told with the β that was paid.
         metrics = rollout_metrics(rollout, target.returns, self.task) | update_metrics(sums)
-        self.task.controller.update(float(rollout.kl.sum(1).mean()), len(rollout.ids))
+        if self.task.reference is not None:
+            self.task.controller.update(float(rollout.kl.sum(1).mean()), len(rollout.ids))
         self.updates += 1
         metrics["lr"] = config.learning_rate * factor
         metrics["time/update"] = time.perf_counter() - start
@@ -223,9 +220,9 @@ class PPO:
 
     # ------------------------------------------------------------------------------------------------- helpers
 
-    def _seed(self, purpose: int) -> int:
+    def _seed(self, purpose: int, count: int) -> int:
         """A seed for each update and purpose, so that a resumed run needs no random state."""
-        return int(np.random.SeedSequence((self.config.seed, self.updates, purpose)).generate_state(1)[0])
+        return int(np.random.SeedSequence((self.config.seed, count, purpose)).generate_state(1)[0])
 
     def _autocast(self) -> AbstractContextManager:
         device = self.task.device.type
@@ -243,13 +240,23 @@ class PPO:
 
 
 def _check_parts(policy: Any, envs: Any, config: Any) -> None:
-    """The mistakes that would otherwise end in an AttributeError."""
+    """What cannot learn, or not together."""
     if not isinstance(policy, ValueHeadLM):
         raise ValueError(f"policy: expected a ValueHeadLM (ValueHeadLM(model) makes one), got {type(policy).__name__}")
     if not isinstance(getattr(envs, "unwrapped", None), TextEnv | TextVectorEnv):
         raise ValueError(f"envs: expected gym.make or gym.make_vec of 'RLHF-Text-v0', got {type(envs).__name__}")
-    if config is not None and not isinstance(config, PPOConfig):
+    if not isinstance(config, PPOConfig):
         raise ValueError(f"config: expected a PPOConfig, got {type(config).__name__}")
+    task = envs.unwrapped.task
+    if task.kl_source == "reference":
+        raise ValueError(
+            "kl_source: expected 'agent' or 'policy', got 'reference', which is for maximum-entropy algorithms; "
+            "under PPO it teaches short responses"
+        )
+    if policy.vocab_size != task.vocab_size:
+        raise ValueError(f"policy: expected the reference's vocabulary of {task.vocab_size}, got {policy.vocab_size}")
+    if policy.device.type != task.device.type:
+        raise ValueError(f"policy: expected it on the environment's {task.device}, got {policy.device}")
 
 
 def _optimizer(policy: ValueHeadLM, config: PPOConfig) -> torch.optim.Optimizer:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from agents.masked import whiten
 from agents.policy import Evaluation, ValueHeadLM
 from agents.returns import discounted_returns
 from agents.sampling.base import Sampler, Samples
@@ -97,6 +98,7 @@ def collect(
     seed: int,
     microbatch_episodes: int,
     gamma: float = 1.0,
+    whiten_rewards: bool = False,
     score_clip: float | None = None,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Rollout:
@@ -110,6 +112,7 @@ def collect(
         seed: Of the samples.
         microbatch_episodes: Episodes of one forward.
         gamma: Discount of the returns that first set the value scale.
+        whiten_rewards: Whether learning whitens the rewards, so that the value scale is that of whitened ones.
         score_clip: Bound of the scores that are learnt from.
         autocast: Makes the context of each forward.
 
@@ -132,7 +135,8 @@ def collect(
     record = replay(task, prompts, samples.responses, old.logprobs)
     rewards = _rewards(task, record, old.logprobs, score_clip)
     values, bootstrap_values, head = old.values, old.bootstrap_values, policy.value_head
-    if head.value_count == 0 and first_value_scale(head, discounted_returns(rewards, gamma), record.mask):
+    learnt = whiten(rewards, record.mask, shift_mean=False) if whiten_rewards else rewards
+    if head.value_count == 0 and first_value_scale(head, discounted_returns(learnt, gamma), record.mask):
         # A new critic foresees the mean of the first returns, from these episodes on.
         mean = head.value_mean.float()
         values, bootstrap_values = torch.where(record.mask, mean, 0.0), mean.expand_as(bootstrap_values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -84,6 +85,9 @@ def optimizer_step(
 
     Returns:
         Sums over the tokens under the metrics' names; None, and no step, if the policy has moved too far already.
+
+    Raises:
+        ValueError: If a loss or a gradient is not finite; no step is taken.
     """
     tokens = int(rollout.mask.sum())
     sums: defaultdict[str, float] = defaultdict(float)
@@ -107,6 +111,11 @@ def optimizer_step(
         return None
     sums["grad_norm/policy"] = tokens * _clip(policy.policy_parameters(), config.max_grad_norm)
     sums["grad_norm/critic"] = tokens * _clip(policy.critic_parameters(), config.max_grad_norm)
+    if not all(math.isfinite(value) for value in sums.values()):
+        wrong = ", ".join(name for name, value in sums.items() if not math.isfinite(value))
+        raise ValueError(
+            f"rollout: expected finite losses and gradients, got NaN or infinity in {wrong}; no step was taken"
+        )
     optimizer.step()
     return {**sums, "tokens": tokens, "steps": 1}
 

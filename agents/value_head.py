@@ -36,7 +36,8 @@ class ValueHead(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Normalised values `u`: `[..., H]` in any dtype to `[...]` float32."""
-        return self.linear(hidden.float()).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):  # it would make bfloat16 of them again
+            return self.linear(hidden.float()).squeeze(-1)
 
     def denormalize(self, normalized: Tensor) -> Tensor:
         """Values in reward units: `V = value_std · u + value_mean`."""

@@ -19,7 +19,7 @@ class EnvFlags:
     """The environment."""
 
     reference: str | None = None
-    """Folder or hub name of the frozen reference; the embedded storyteller if absent."""
+    """Folder or hub name of the frozen reference; if absent, the model trained, else the embedded storyteller."""
     reward: str | None = None
     """Folder or hub name of the reward model; the embedded one if absent."""
     prompts: str | None = None

@@ -23,6 +23,7 @@ from rich.console import Console
 
 import textenv
 from agents import PPO, Evaluation, PPOConfig, ValueHeadLM
+from agents.policy_files import saved_critic_kind
 from agents.report import print_comparison, write_report
 from agents.tracking import MetricsFile, Progress, TensorBoard, Trackers, read_metrics
 from scripts.options import EnvFlags, device_of, heldout_prompts, make_env, run
@@ -33,9 +34,11 @@ class PolicyFlags:
     """The policy."""
 
     model: str | None = None
-    """Folder or hub name of the model to train; the reference if absent."""
-    critic: str = "separate"
-    """`shared` (a value head on the policy's trunk), `separate`, or the folder of a reward model to start from."""
+    """Folder or hub name of the model to train, which is also the reference unless `env.reference` names another."""
+    critic: str | None = None
+    """`shared` (a value head on the policy's trunk), `separate`, or the folder of a reward model to start from.
+
+    If absent, what a saved policy has, else `separate`."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains all weights. With adapters the base model is also the reference."""
     gradient_checkpointing: bool = False
@@ -113,7 +116,7 @@ def build(flags: Flags) -> tuple[PPO, list[Any]]:
     source = flags.policy.model or flags.env.reference or textenv.embedded.STORYTELLER
     policy = ValueHeadLM.from_pretrained(
         checkpoint if flags.resume else source,
-        critic=None if flags.resume else flags.policy.critic,
+        critic=None if flags.resume else flags.policy.critic or saved_critic_kind(source) or "separate",
         device=device_of(flags.env.device),
         lora=None if flags.resume else _lora(flags.policy.lora_rank),
         gradient_checkpointing=flags.policy.gradient_checkpointing,
@@ -124,7 +127,8 @@ def build(flags: Flags) -> tuple[PPO, list[Any]]:
         options = replace(flags.env, tokenizer=flags.env.tokenizer or str(source))
         envs = make_env(options, reference=policy.reference())
     else:
-        envs = make_env(flags.env)
+        # The model that training starts from is the reference, unless another is named.
+        envs = make_env(flags.env, reference=flags.env.reference or flags.policy.model)
     if flags.resume:
         return PPO.load(checkpoint, envs, eval_prompts=heldout, policy=policy), heldout
     return PPO(policy, envs, flags.ppo, eval_prompts=heldout), heldout

@@ -249,7 +249,7 @@ def test_a_critic_grown_from_a_reward_model_starts_as_its_score(tiny_lm_folder: 
 
 
 def test_critic_refusals(tiny_lm_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="critic: expected .shared., .separate. or the folder"):
+    with pytest.raises(ValueError, match=r"critic: expected .shared., .separate. or the folder"):
         ValueHeadLM.from_pretrained(tiny_lm_folder, critic="nosuch")
     with pytest.raises(ValueError, match="critic must give one score"):
         ValueHeadLM.from_pretrained(tiny_lm_folder, critic=tiny_lm_folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from textenv.dropout import disable_dropout
@@ -279,7 +280,7 @@ def _load(factory: Any, source: str | Path, argument: str, **options: Any) -> An
         raise ValueError(f"{argument} must be a model folder or a hub name; there is no folder {str(source)!r}")
     try:
         return factory.from_pretrained(os.fspath(source), local_files_only=local, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         if not local:
             reason = f"there is no such folder, and the hub did not give it ({reason})"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from textenv import embedded, models
-from textenv.kl import KLSource, as_controller
+from textenv.kl import FixedKL, KLSource, as_controller
 from textenv.models import Shared
 from textenv.options import EnvOptions
 from textenv.prompts import Prompt, read_prompts, tokenize_prompts
@@ -60,13 +60,13 @@ class Task:
 
     @property
     def kl_coef(self) -> float:
-        """β now."""
-        return float(self.controller.value)
+        """β now; 0 without a reference, whatever the controller says."""
+        return float(self.controller.value) if self.reference is not None else 0.0
 
     @property
     def needs_reference(self) -> bool:
         """Whether any KL can be asked for: β is fixed at 0 or it is not."""
-        return not (isinstance(self.options.kl_coef, int | float) and self.options.kl_coef == 0)
+        return not (isinstance(self.controller, FixedKL) and self.controller.value == 0)
 
     @cached_property
     def pad_token_id(self) -> int:

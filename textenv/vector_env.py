@@ -137,8 +137,8 @@ class TextVectorEnv(Tasked, VectorEnv[dict[str, Any], Any, Any]):
                 f"Rows {np.flatnonzero(self._pending).tolist()} have ended: "
                 "reset them with options={'reset_mask': ...}."
             )
-        tensor = core.check_actions(actions)
         resting = np.flatnonzero(self._pending)
+        tensor = core.check_actions(_without_resting(actions, resting))
         # Acting comes first: if it raises, the rows that wait have not drawn their prompts.
         core.step(tensor, np.flatnonzero(~self._pending))
         if len(resting):
@@ -243,3 +243,13 @@ def _rows_of(mask: Any, num_envs: int) -> np.ndarray:
             f"options['reset_mask']: expected a boolean array of shape ({num_envs},) with a True, got {mask!r}"
         )
     return np.flatnonzero(mask)
+
+
+def _without_resting(actions: Any, resting: np.ndarray) -> Any:
+    """The actions, with those of rows that rest, which mean nothing, set to 0."""
+    if not len(resting):
+        return actions
+    actions = actions.clone() if isinstance(actions, Tensor) else np.array(actions)
+    if actions.ndim == 1 and len(actions) > resting[-1]:
+        actions[resting] = 0
+    return actions
