@@ -20,7 +20,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,17 +122,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _settings() -> str:
-    """What the settings' names stand for, where they differ from `PPOConfig`'s defaults."""
-    default = PPOConfig()
-    lines = []
-    for name, (critic, config) in SETTINGS.items():
-        changed = [f"{f.name}={getattr(config, f.name)}" for f in fields(config) if _differs(f.name, config, default)]
-        lines.append(f"- `{name}`: critic `{critic}`, {', '.join(changed) or 'defaults'}")
-    return "\n".join(lines)
-
-
-def _differs(name: str, config: PPOConfig, default: PPOConfig) -> bool:
-    return getattr(config, name) != getattr(default, name)
+    """What the settings' names stand for."""
+    names = ("epochs", "minibatches", "learning_rate", "lr_schedule", "gae_lambda")
+    return "\n".join(
+        f"- `{setting}`: critic `{critic}`, " + ", ".join(f"{name}={getattr(config, name)}" for name in names)
+        for setting, (critic, config) in SETTINGS.items()
+    )
 
 
 def _mean_se(values: Sequence[float], digits: int = 2) -> str:
