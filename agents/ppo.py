@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agents import checkpoint
+import agents.checkpoint as checkpoint
 from agents.config import PPOConfig
 from agents.evaluation import Evaluation, evaluate
 from agents.metrics import rollout_metrics, update_metrics

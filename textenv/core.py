@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textenv import dynamics
+import textenv.dynamics as dynamics
 from textenv.dynamics import TokenState
 from textenv.payments import Answers, Payments
 from textenv.reference import ReferenceStepper

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from textenv import kl
+import textenv.kl as kl
 from textenv.task import Task
 from textenv.types import FinishReason
 

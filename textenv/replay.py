@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from textenv import dynamics, kl
+import textenv.dynamics as dynamics
+import textenv.kl as kl
 from textenv.prompts import Prompt
 from textenv.task import Task
 from textenv.types import FinishReason, ReplayRecord

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textenv import embedded, models
+import textenv.embedded as embedded
+import textenv.models as models
 from textenv.kl import FixedKL, KLSource, as_controller
 from textenv.models import Shared
 from textenv.options import EnvOptions

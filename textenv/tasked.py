@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import gymnasium as gym
 from torch import Tensor
 
-from textenv import replay as replays
+import textenv.replay as replays
 from textenv.core import TextCore
 from textenv.prompts import Prompt
 from textenv.task import Task
