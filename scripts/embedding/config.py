@@ -85,7 +85,7 @@ class Config:
     sampled_per_opening: int = 9
     """Continuations sampled per opening: a third each plain, hotter, steered."""
     adversarial_per_opening: int = 3
-    """Degenerate continuations made per opening."""
+    """Degenerate continuations made per opening, at most one of each of the five kinds."""
     reward_steps: int = 1500
     """Optimizer steps of the reward model."""
     reward_minutes: float = 6.0
@@ -112,6 +112,6 @@ def shrink(config: Config) -> Config:
     return replace(
         config, teacher_stories=96, teacher_tokens=160, sample_rows=96, score_rows=64, vocabulary=512, hidden=64,
         heads=2, key_value_heads=1, intermediate=128, layers=2, reward_layers=2, real_fractions=(0.3,), steps=60,
-        batch_rows=16, prompts=48, heldout=16, extra_openings=16, sampled_per_opening=6, adversarial_per_opening=6,
+        batch_rows=16, prompts=48, heldout=16, extra_openings=16, sampled_per_opening=6, adversarial_per_opening=5,
         reward_steps=60, reward_pairs=16,
     )  # fmt: skip
