@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from agents.masked import clean, same_shape
+from textenv.dynamics import last_slots
 
 
 class Boundaries(NamedTuple):
@@ -162,7 +163,7 @@ def boundaries(
     (tensor([[0.9000, 0.0000, 1.0000]]), tensor([[0.8000, 0.8000, 1.0000]]))
     """
     _two_dimensional("mask", mask)
-    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+    last = last_slots(mask)
     if truncated is None:
         return step_boundaries(mask, last, torch.zeros_like(last), torch.zeros_like(values), values, gamma, lam)
     if bootstrap_values is None:

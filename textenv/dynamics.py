@@ -111,6 +111,15 @@ def finish_reasons(tokens: Tensor, response_lengths: Tensor, *, stop_token_ids: 
     return torch.where(torch.isin(tokens, stop_token_ids), int(FinishReason.STOP), at_limit).to(torch.int8)
 
 
+def last_slots(mask: Tensor) -> Tensor:
+    """The last slot of each row that counts: `[B, T]` bool of `[B, T]` bool; none where none counts.
+
+    >>> last_slots(torch.tensor([[True, True, False]])).tolist()
+    [[False, True, False]]
+    """
+    return mask & (mask.flip(1).cumsum(1).flip(1) == 1)
+
+
 def endings(reasons: Tensor, *, length_end: Literal["terminate", "truncate"]) -> tuple[Tensor, Tensor]:
     """Gymnasium's two flags.
 

@@ -12,6 +12,8 @@ from typing import Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from textenv.dynamics import last_slots
+
 KLSource = Literal["agent", "policy", "reference"]
 KLCredit = Literal["token", "sequence"]
 
@@ -56,8 +58,7 @@ def credit(charges: Tensor, mask: Tensor, kl_credit: KLCredit) -> Tensor:
     charges = torch.where(mask, charges, torch.zeros_like(charges))
     if kl_credit == "token":
         return charges
-    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
-    return torch.where(last, charges.sum(1, keepdim=True), torch.zeros_like(charges))
+    return torch.where(last_slots(mask), charges.sum(1, keepdim=True), torch.zeros_like(charges))
 
 
 def charge(

@@ -70,9 +70,7 @@ def replay(
     paid, scores = _scores(task, prompt_ids, response_ids, mask, terminated)
     last = steps == (response_lengths - 1)[:, None]
     penalty = -task.options.missing_eos_penalty * (last & (reasons == FinishReason.LENGTH)[:, None]).float()
-    charges = kl.token_charges(
-        given, ref, kl_coef=task.kl_coef if task.reference is not None else 0.0, kl_source=task.kl_source
-    )
+    charges = kl.token_charges(given, ref, kl_coef=task.kl_coef, kl_source=task.kl_source)
     charges = kl.credit(charges, mask, task.options.kl_credit)
     return ReplayRecord(
         ids=ids,
@@ -173,8 +171,7 @@ def _scores(
     rows = scored.nonzero()[:, 0].tolist()
     values = task.reward.scores([prompts[row] for row in rows], [responses[row] for row in rows])
     scores[scored] = torch.as_tensor(values, device=mask.device)
-    last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
-    return torch.where(last, scores[:, None], paid), scores
+    return torch.where(dynamics.last_slots(mask), scores[:, None], paid), scores
 
 
 def _pad(rows: list[list[int]], value: int, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ def schedule(progress: float, warmup: float = 0.03, floor: float = 0.02) -> floa
 
 
 class Optimizers:
-    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest: half the steps of AdamW alone."""
+    """Muon (Jordan et al. 2024) for the matrices of the blocks, AdamW for the rest."""
 
     def __init__(self, model: nn.Module, learning_rate: float) -> None:
         """Sort the parameters."""
