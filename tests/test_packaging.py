@@ -72,7 +72,8 @@ def test_the_metadata_are_those_of_the_project(wheel: Path) -> None:
         metadata = HeaderParser().parsestr(archive.read(name).decode())
     assert (metadata["Name"], metadata["License-Expression"]) == ("textenv", "MIT")
     assert metadata["Requires-Python"] == ">=3.11"
-    assert set(metadata.get_all("Provides-Extra") or []) == {"train", "lora", "data", "test"}
+    extras = {"train", "lora", "data", "tianshou", "sb3", "torchrl", "grammar", "test"}
+    assert set(metadata.get_all("Provides-Extra") or []) == extras
 
 
 def test_the_unpacked_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:

@@ -166,9 +166,8 @@ def unwrap(model: Any) -> Any:
 
 
 def backbone(model: Any) -> nn.Module:
-    """The part of a Hugging Face model that maps ids to final hidden states (adapters stay in force)."""
-    module = unwrap(model)
-    return getattr(module, module.base_model_prefix)
+    """The part of a Hugging Face model that maps ids to final hidden states (adapters stay in force), or itself."""
+    return unwrap(model).base_model
 
 
 def output_head(model: Any) -> Callable[[Tensor], Tensor]:

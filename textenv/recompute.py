@@ -29,8 +29,12 @@ class Decoder(Protocol):
         """Append one token to some rows; the final hidden state at it `[n, H]`."""
         ...
 
+    def rewind(self, lengths: Tensor) -> None:
+        """Forget the last tokens of each row, down to `lengths [rows]`."""
+        ...
+
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these, which become rows 0, 1, ..."""
+        """Drop all rows but these, which become rows 0, 1, ...; a row named twice becomes two."""
         ...
 
 
@@ -69,8 +73,12 @@ class RecomputeDecoder:
         self._lengths[index] += 1
         return self._hidden(index)
 
+    def rewind(self, lengths: Tensor) -> None:
+        """Forget the last tokens of each row; see `RowDecoder.rewind`."""
+        self._lengths = check_rewind(self._lengths, lengths)
+
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but `rows`, which become rows 0, 1, ..."""
+        """Drop all rows but `rows`, which become rows 0, 1, ...; a row named twice becomes two."""
         index = rows.cpu().numpy()
         self._ids, self._lengths = self._ids[index], self._lengths[index]
 
@@ -132,3 +140,17 @@ def check_prefill(rows: Tensor | None, ids: Tensor, lengths: Tensor, total: int)
     if len(counts) and (counts.min() < 0 or counts.max() > ids.shape[1]):
         raise ValueError(f"lengths must be between 0 and {ids.shape[1]}; got {counts.min()} to {counts.max()}")
     return index, counts
+
+
+def check_rewind(held: np.ndarray, lengths: Tensor) -> np.ndarray:
+    """New lengths of all rows, on the host.
+
+    Raises:
+        ValueError: If they are not one per row, each from 0 to what the row holds.
+    """
+    counts = lengths.cpu().numpy().astype(np.int64)
+    if counts.shape != held.shape or (counts < 0).any() or (counts > held).any():
+        raise ValueError(
+            f"lengths: expected one per row, from 0 to what it holds, {held.tolist()}; got {lengths.tolist()}"
+        )
+    return counts

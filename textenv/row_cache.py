@@ -11,7 +11,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from textenv.models import Shared, backbone, unwrap
-from textenv.recompute import Decoder, RecomputeDecoder, can_checkpoint, check_prefill, check_size, checkpointing_off
+from textenv.recompute import (
+    Decoder,
+    RecomputeDecoder,
+    can_checkpoint,
+    check_prefill,
+    check_rewind,
+    check_size,
+    checkpointing_off,
+)
 
 
 def row_decoder(model: Any, rows: int, columns: int) -> Decoder:
@@ -214,8 +222,19 @@ class RowDecoder:
         self._lengths[index] += 1
         return hidden[:, 0]
 
+    def rewind(self, lengths: Tensor) -> None:
+        """Forget the last tokens of each row, whose places are then written anew.
+
+        Args:
+            lengths: How many tokens stay, one per row, `[rows]`.
+
+        Raises:
+            ValueError: If a row does not hold so many.
+        """
+        self._lengths = check_rewind(self._lengths, lengths)
+
     def keep(self, rows: Tensor) -> None:
-        """Drop all rows but `rows`, which become rows 0, 1, ..."""
+        """Drop all rows but `rows`, which become rows 0, 1, ...; a row named twice becomes two."""
         index = rows.to(self._device)
         for layer in self._layers:
             layer.keep(index)

@@ -1,0 +1,69 @@
+"""Noticing that a model's weights have changed, without reading them."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_optimizer_steps = 0
+
+
+def weights_stamp(*models: nn.Module | None) -> tuple[Any, ...]:
+    """Something that differs whenever a model's outputs may differ: compare it with an earlier one.
+
+    It holds each tensor's address and version, the state of each adapter, and how many steps any optimizer has done:
+    fused optimizers move no version, and `load_state_dict(assign=True)` puts new tensors in place of the old, so they
+    are listed afresh each time. Autocast is part of it, as it changes what a forward gives.
+
+    A write through `p.data`, or through NumPy, leaves no trace: who writes so must say so.
+
+    Args:
+        *models: What is read; None is skipped.
+    """
+    _count_optimizer_steps()
+    adapter = _adapter_class()
+    stamp: list[Any] = [_optimizer_steps, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
+    for model in models:
+        for module in model.modules() if model is not None else ():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    stamp += (tensor.data_ptr(), _version(tensor))
+            if adapter is not None and isinstance(module, adapter):
+                stamp.append(_adapter_state(module))
+    return tuple(stamp)
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version  # inference tensors keep no count
+
+
+@cache
+def _count_optimizer_steps() -> None:
+    """Count the steps of every optimizer from now on; once is enough."""
+
+    def count(*_: Any) -> None:
+        global _optimizer_steps
+        _optimizer_steps += 1
+
+    register_optimizer_step_post_hook(count)
+
+
+def _adapter_class() -> Any:
+    """PEFT's base class of layers with adapters, if anybody has imported PEFT: without it there are none."""
+    tuners = sys.modules.get("peft.tuners.tuners_utils")
+    return None if tuners is None else tuners.BaseTunerLayer
+
+
+def _adapter_state(module: Any) -> tuple[Any, ...]:
+    scaling = getattr(module, "scaling", None) or {}
+    return (
+        module.disable_adapters,
+        tuple(module.active_adapters),
+        tuple(module.merged_adapters),
+        tuple(sorted((name, float(value)) for name, value in scaling.items())),
+    )
