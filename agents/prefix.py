@@ -89,7 +89,8 @@ class PrefixNetwork(nn.Module):
     Attributes:
         policy: Whose logits and values these are.
         temperature: Of the policy's law softmax(logits / temperature).
-        cache: Whether acting keeps keys and values; False forwards whole rows.
+        cache: Whether acting keeps keys and values; False forwards whole rows, and keeps nothing without gradients, as
+            a target network must whose weights are written through `p.data`.
         share: Whether a batch is forwarded as its distinct longest rows; False forwards each row.
     """
 
@@ -122,6 +123,8 @@ class PrefixNetwork(nn.Module):
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> Prefixes:
         """What `logits`, `values` and `logprobs` take. Call it once where several of them are asked for.
+
+        They share a forward whenever the rows of the states are the same, be it for other prefixes of them.
 
         Args:
             input_ids: `[B, L]` of any numeric type, right-padded.
@@ -163,15 +166,12 @@ class PrefixNetwork(nn.Module):
     def values(self, states: Prefixes) -> Tensor:
         """Values `[B]` float32, in reward units."""
         head, trunk = self.policy.value_head, self.policy.critic_backbone
-        if trunk is None:
-            hidden = self._actor.hidden("critic", self.policy.lm, states)
-        else:
-            hidden = self._critic.hidden("critic", trunk, states)
+        hidden = self._critic.hidden(self.policy.lm if trunk is None else trunk, states)
         return head.denormalize(head(hidden))
 
     def hidden(self, states: Prefixes) -> Tensor:
         """Final hidden states `[B, H]` of the policy's trunk, for a head of your own."""
-        return self._actor.hidden("actor", self.policy.lm, states)
+        return self._actor.hidden(self.policy.lm, states)
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits `[B, V]`, *not* divided by the temperature: an environment's `policy`, which divides them itself."""
@@ -185,11 +185,7 @@ class PrefixNetwork(nn.Module):
 
 
 class _Trunk:
-    """Hidden states of one trunk: from the cache, from shared rows, or from the forward that was just done.
-
-    With a shared trunk the actor and the critic ask for the same states in turn: the second takes what the first left.
-    Each takes once, since a graph that was gone backward through cannot be used again.
-    """
+    """Hidden states of one trunk: from the cache, from the forward that was just done, or from a new one."""
 
     def __init__(self, cache: bool, share: bool) -> None:
         self.cache, self.share = cache, share
@@ -198,45 +194,42 @@ class _Trunk:
     def clear(self) -> None:
         self._stored = PrefixCache()
         self._stamp: tuple[Any, ...] = ()
-        self._left: _Left | None = None
+        self._last: _Last | None = None
 
-    def hidden(self, reader: str, model: Any, states: Prefixes) -> Tensor:
+    def hidden(self, model: Any, states: Prefixes) -> Tensor:
         stamp = weights_stamp(model)
         if stamp != self._stamp:
             self.clear()
             self._stamp = stamp
-        left, self._left = self._left, None
-        if left is not None and left.serves(reader, states):
-            return left.hidden
-        if torch.is_grad_enabled():
+        learning = torch.is_grad_enabled()
+        if learning:
             # Weights that learn are about to change, and some libraries write them through `p.data`.
             self._stored.clear()
-            return self._leave(reader, states, _forward(model, states))
-        cached = self._from_cache(model, states) if self.cache else None
-        if cached is not None:
-            return cached
-        if self.share and len(states.owner) == len(states.lengths):
-            return self._leave(reader, states, _forward(model, distinct_prefixes(states.ids, states.at)))
-        return self._leave(reader, states, _forward(model, states))
+        else:
+            own = _are_own_rows(states)
+            if own and self.cache and (cached := self._from_cache(model, states)) is not None:
+                return cached
+            if own and self.share:
+                states = distinct_prefixes(states.ids, states.at)
+        if self._last is None or not self._last.serves(states):
+            self._last = None  # free it before the next takes its place
+            last = _Last(model, states)
+            if not (learning or self.cache):
+                return last.at(states)  # without a cache nothing is kept between forwards without gradients
+            self._last = last
+        return self._last.at(states)
 
     def _from_cache(self, model: Any, states: Prefixes) -> Tensor | None:
         """None where sharing is cheaper: a batch of prefixes of each other is one to learn from."""
-        lengths = states.lengths.cpu().numpy()
-        rows = np.arange(len(lengths))
-        if not (np.array_equal(states.owner.cpu().numpy(), rows) and np.array_equal(states.at.cpu().numpy(), lengths)):
-            return None
-        ids = states.ids.cpu().numpy()
+        ids, lengths = states.ids.cpu().numpy(), states.lengths.cpu().numpy()
         sources = self._stored.known(ids, lengths)
         new = np.flatnonzero(sources < 0)
         if self.share and len(new):
             anew = lengths[new][distinct_rows(ids[new], lengths[new])[0]].sum()
-            if 2 * int(distinct_prefixes(states.ids, states.lengths).lengths.sum()) <= anew + len(ids) - len(new):
+            shared = int(distinct_prefixes(states.ids, states.lengths).lengths.sum())
+            if 2 * shared <= anew + len(ids) - len(new):
                 return None
         return self._stored.hidden(model, ids, lengths, sources)
-
-    def _leave(self, reader: str, states: Prefixes, hidden: Tensor) -> Tensor:
-        self._left = _Left("critic" if reader == "actor" else "actor", states, hidden)
-        return hidden
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Trunk:
         return _Trunk(self.cache, self.share)
@@ -245,25 +238,28 @@ class _Trunk:
         return _Trunk, (self.cache, self.share)
 
 
-class _Left:
-    """A forward that the other reader may use, once."""
+class _Last:
+    """The last forward of whole rows: what the actor, the critic and the states one token on all read."""
 
-    def __init__(self, reader: str, states: Prefixes, hidden: Tensor) -> None:
-        self.reader, self.states, self.hidden = reader, states, hidden
-        self.graph = hidden.requires_grad
+    def __init__(self, model: Any, states: Prefixes) -> None:
+        self.ids, self.lengths, self.width = states.ids, states.lengths, int(states.lengths.max())
+        self.flat = flat_hidden(backbone(model), states.ids[:, : self.width])
+        self.graph = torch.is_grad_enabled()
         spent = self.spent = []
-        if self.graph:
+        if self.flat.requires_grad:
             # A backward that came through has freed the graph. The list, not self: a cycle would keep the graph alive.
-            hidden.register_hook(lambda _: spent.append(True))
+            self.flat.register_hook(lambda _: spent.append(True))
 
-    def serves(self, reader: str, states: Prefixes) -> bool:
-        if reader != self.reader or self.spent or self.graph != torch.is_grad_enabled():
+    def serves(self, states: Prefixes) -> bool:
+        if self.spent or self.graph != torch.is_grad_enabled():
             return False
-        return all(a is b or torch.equal(a, b) for a, b in zip(self.states, states, strict=True))
+        pairs = ((self.ids, states.ids), (self.lengths, states.lengths))
+        return all(a is b or torch.equal(a, b) for a, b in pairs)
+
+    def at(self, states: Prefixes) -> Tensor:
+        return self.flat.index_select(0, states.owner * self.width + states.at - 1)
 
 
-def _forward(model: Any, states: Prefixes) -> Tensor:
-    """Hidden states `[B, H]` of a plain forward of the rows."""
-    width = int(states.lengths.max())
-    hidden = flat_hidden(backbone(model), states.ids[:, :width])
-    return hidden.index_select(0, states.owner * width + states.at - 1)
+def _are_own_rows(states: Prefixes) -> bool:
+    owner, at, lengths = states.owner.cpu().numpy(), states.at.cpu().numpy(), states.lengths.cpu().numpy()
+    return np.array_equal(owner, np.arange(len(lengths))) and np.array_equal(at, lengths)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from agents import ValueHeadLM
 from agents.critic import build_critic
-from agents.prefix import PrefixNetwork, distinct_prefixes
+from agents.prefix import Prefixes, PrefixNetwork, distinct_prefixes
 from tests.conftest import MAKERS, V, make_gpt2, make_llama
 from textenv.models import backbone
 
@@ -210,7 +210,8 @@ def test_switched_off_it_costs_every_row() -> None:
     with torch.no_grad(), counted_tokens(network.policy) as more:
         network(*batch(rows))
         network(*batch([[*row, 9] for row in rows]))
-    assert (seen, more) == ([9], [9, 12])
+    # Actor and critic share a graph, but nothing is kept without one: a target network's weights move unseen.
+    assert (seen, more) == ([9], [9, 9, 12, 12])
 
 
 # ------------------------------------------------------------------------------------------------- gradients
@@ -277,6 +278,66 @@ def test_values_after_a_backward_see_weights_written_through_data() -> None:
     values = network.values(states)
     with torch.no_grad():
         assert torch.allclose(values, torch.stack([alone(network.policy, row)[1] for row in rows]), atol=TOLERANCE)
+
+
+def test_one_forward_serves_every_prefix_of_the_same_rows() -> None:
+    network = PrefixNetwork(make_policy())
+    rows = Prefixes(torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([3, 2]), torch.tensor([0]), torch.tensor([1]))
+    for learning in (True, False):
+        with torch.set_grad_enabled(learning), counted_tokens(network.policy) as seen:
+            for owner, at in (([0, 0, 1], [1, 2, 1]), ([0, 0, 1], [2, 3, 2])):
+                states = rows._replace(owner=torch.tensor(owner), at=torch.tensor(at))
+                logits, values = network.logits(states), network.values(states)
+                forwards = len(seen)
+                for b, (row, n) in enumerate(zip(owner, at, strict=True)):
+                    expected, value = alone(network.policy, rows.ids[row, :n].tolist())
+                    assert torch.allclose(logits[b], expected, atol=TOLERANCE)
+                    assert torch.allclose(values[b], value, atol=TOLERANCE)
+                del seen[forwards:]
+        assert seen == [6]
+
+
+def test_actor_and_critic_may_be_asked_about_different_states() -> None:
+    network = PrefixNetwork(make_policy())
+    rows, others = [[5, 6, 7], [8, 9]], [[5, 6, 8], [8, 9]]
+    network.logits(network.states(*batch(rows)))
+    values = network.values(network.states(*batch(others)))
+    assert torch.allclose(values, torch.stack([alone(network.policy, row)[1] for row in others]), atol=TOLERANCE)
+
+
+def test_a_forward_without_gradients_gives_none_to_the_next() -> None:
+    network = PrefixNetwork(make_policy())
+    rows = [[5, 6, 7], [5, 6], [5]]  # shared, with and without gradients
+    with torch.no_grad():
+        assert not network(*batch(rows))[0].requires_grad
+    states = network.states(*batch(rows))
+    assert network.logits(states).requires_grad
+    with torch.no_grad():
+        assert not network.logits(states).requires_grad
+
+
+def test_a_forward_with_gradients_ends_what_acting_kept() -> None:
+    """Libraries that write weights through `p.data` (natural gradients) learn through the network before."""
+    network = PrefixNetwork(make_policy())
+    rows = [[5, 6, 7], [8, 9]]
+    with torch.no_grad():
+        network(*batch(rows))
+    network(*batch(rows))[0].sum().backward()
+    for parameter in network.policy.lm.parameters():
+        parameter.data.mul_(1.5)
+    with torch.no_grad():
+        check(network, [[*row, 4] for row in rows])
+
+
+def test_without_a_cache_nothing_is_kept_without_gradients() -> None:
+    """Target networks are moved through `p.data`, again and again."""
+    network = PrefixNetwork(make_policy(), cache=False)
+    rows = [[5, 6, 7], [5, 6], [8]]
+    with torch.no_grad():
+        for _ in range(3):
+            for parameter in network.policy.parameters():
+                parameter.data.mul_(1.1)
+            check(network, rows)
 
 
 # ------------------------------------------------------------------------------------------------- changed weights
