@@ -3,36 +3,31 @@
 One thread, 60 iterations of 64 responses of 48 tokens.
 
 The score of a response is the sum of the human valence (VADER lexicon) of its words; β = 0.5, fixed-length responses,
-prompts of 8 tokens. The objective is score − 0.5·KL over the last five iterations; the untrained model has 3.34.
+prompts of 8 tokens (`scripts/valence.py`). The objective is score − 0.5·KL over the last five iterations; the untrained
+model has 3.34.
 
     python scripts/benchmark_valence.py --settings separate --seeds 0 1 2 3 4 5 6 7
     python scripts/benchmark_valence.py --table
 
-Needs the material: a folder with models/stories260K, data/vader_lexicon.txt and data/tinystories_openings.txt, by
-default `../shared/material` or what the environment variable TEXTENV_MATERIAL names. Without it the script says so.
+Without the material that the task needs it says so.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import gymnasium as gym
 import torch
 import tyro
 
-import textenv  # noqa: F401 - registers RLHF-Text-v0
 from agents import PPO, PPOConfig, ValueHeadLM
-from textenv.models import load_tokenizer
+from scripts.valence import KL_COEF, MATERIAL, is_there, make_env, model_folder
 
-KL_COEF = 0.5
 ITERATIONS = 60
 SETTINGS: dict[str, tuple[str, PPOConfig]] = {
     # TRL 1.12's own: its critic is a second model, its schedule linear to 0.
@@ -54,44 +49,15 @@ class Flags:
     """One JSON object a run; runs that are there are not repeated."""
     table: bool = False
     """Only write the table beside the results."""
-    material: Path = Path(os.environ.get("TEXTENV_MATERIAL", "../shared/material"))
+    material: Path = MATERIAL
     """Folder of the material."""
-
-
-class Valence:
-    """Sum of the lexicon's values over the words of the response decoded alone."""
-
-    wants_ids = True
-
-    def __init__(self, lexicon: Path, tokenizer: Any) -> None:
-        """Read the lexicon."""
-        rows = (line.split("\t") for line in lexicon.read_text(encoding="utf8").splitlines())
-        self.values = {row[0]: float(row[1]) for row in rows}
-        self.tokenizer = tokenizer
-
-    def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
-        """One score a response."""
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return [sum(self.values.get(word, 0.0) for word in re.findall(r"[a-z']+", text.lower())) for text in texts]
 
 
 def run(material: Path, setting: str, seed: int) -> dict[str, Any]:
     """Train once; the figures of the run."""
-    folder = material / "models" / "stories260K"
-    tokenizer = load_tokenizer(folder, argument="material")
-    lines = (material / "data" / "tinystories_openings.txt").read_text(encoding="utf8").splitlines()
-    encoded = (tokenizer(line.strip())["input_ids"] for line in lines)
-    envs = gym.make_vec(
-        "RLHF-Text-v0",
-        reference=str(folder),
-        reward=Valence(material / "data" / "vader_lexicon.txt", tokenizer),
-        prompts=[ids[:8] for ids in encoded if len(ids) >= 8],
-        max_new_tokens=48,
-        stop_token_ids=[],
-        kl_coef=KL_COEF,
-    )
+    envs = make_env(material=material)
     critic, config = SETTINGS[setting]
-    agent = PPO(ValueHeadLM.from_pretrained(folder, critic=critic), envs, replace(config, seed=seed))
+    agent = PPO(ValueHeadLM.from_pretrained(model_folder(material), critic=critic), envs, replace(config, seed=seed))
     start = time.process_time()
     history = agent.learn(ITERATIONS)
     seconds = time.process_time() - start
@@ -141,8 +107,7 @@ def main(flags: Flags) -> None:
     torch.set_num_threads(1)
     rows = [json.loads(line) for line in flags.results.read_text().splitlines()] if flags.results.exists() else []
     if not flags.table:
-        if not (flags.material / "models" / "stories260K").is_dir():
-            print(f"skipped: there is no material in {flags.material}")
+        if not is_there(flags.material):
             return
         flags.results.parent.mkdir(parents=True, exist_ok=True)
         done = {(row["setting"], row["seed"]) for row in rows}

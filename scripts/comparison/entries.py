@@ -1,0 +1,109 @@
+"""What is compared: how each algorithm is made for the task, and run.
+
+Every entry has 3,840 episodes. Methods that take one optimizer step on a rollout take more of them on smaller ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from agents import Agent, ValueHeadLM
+from agents.algorithms import RECIPES
+from scripts.valence import make_env, model_folder
+
+EPISODES = 3840
+ROWS = 64
+
+Run = Callable[[], Sequence[Mapping[str, float]]]
+"""Trains; one mapping a rollout with `episodes`, `score` and `kl`, their means."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the table."""
+
+    library: str
+    """Whose algorithm it is."""
+    prepare: Callable[[int], Run]
+    """Loads everything for a seed."""
+    note: str = ""
+    """What differs from its defaults."""
+
+
+def native(name: str, note: str = "", **changes: Any) -> Entry:
+    """A recipe of `agents.algorithms`, some settings of its loop changed."""
+
+    def prepare(seed: int) -> Run:
+        torch.manual_seed(seed)
+        algorithm = RECIPES[name]()
+        policy = ValueHeadLM.from_pretrained(model_folder(), critic="separate" if algorithm.critic else "shared")
+        agent = Agent(policy, make_env(), algorithm, replace(algorithm.defaults, **changes, seed=seed))
+        episodes = agent.config.batch_episodes
+
+        def train() -> Sequence[Mapping[str, float]]:
+            return [
+                {"episodes": episodes, "score": row["score/mean"], "kl": row["kl/sequence"]}
+                for row in agent.learn(EPISODES // episodes)
+            ]
+
+        return train
+
+    return Entry("textenv", prepare, note)
+
+
+def sb3(name: str, note: str = "", *, by_episode: bool = False, changes: Mapping[str, Any] | None = None) -> Entry:
+    """An algorithm of Stable-Baselines3 or sb3-contrib, as it is."""
+
+    def prepare(seed: int) -> Run:
+        import sb3_contrib
+        import stable_baselines3
+
+        from agents.adapters import sb3_bridge
+
+        kind = getattr(stable_baselines3, name, None) or getattr(sb3_contrib, name)
+        torch.manual_seed(seed)
+        policy = ValueHeadLM.from_pretrained(model_folder(), critic="separate")
+        model = sb3_bridge.make(kind, policy, make_env(ROWS), {**(changes or {}), "seed": seed}, by_episode=by_episode)
+        return lambda: sb3_bridge.learn(model, EPISODES // ROWS)
+
+    return Entry("Stable-Baselines3", prepare, note)
+
+
+def torchrl(note: str = "", **changes: Any) -> Entry:
+    """TorchRL's collector, GAE and ClipPPOLoss."""
+
+    def prepare(seed: int) -> Run:
+        from agents.adapters import torchrl_bridge
+
+        torch.manual_seed(seed)
+        policy = ValueHeadLM.from_pretrained(model_folder(), critic="separate")
+        envs, settings = make_env(ROWS), torchrl_bridge.Settings(**changes, seed=seed)
+        return lambda: torchrl_bridge.train(policy, envs, EPISODES // ROWS, settings)
+
+    return Entry("TorchRL", prepare, note)
+
+
+ENTRIES: dict[str, Entry] = {
+    "ppo": native("ppo"),
+    "vapo": native("vapo"),
+    "a2c": native("a2c"),
+    "reinforce": native("reinforce"),
+    "reinforce_baseline": native("reinforce_baseline"),
+    "reinforce++": native("reinforce++"),
+    "remax": native("remax"),
+    "rloo": native("rloo"),
+    "grpo": native("grpo"),
+    "dr_grpo": native("dr_grpo"),
+    "gspo": native("gspo"),
+    "sb3 ppo": sb3("PPO"),
+    "sb3 ppo by episode": sb3("PPO", by_episode=True),
+    "sb3 a2c": sb3("A2C"),
+    "sb3 maskable ppo": sb3("MaskablePPO", by_episode=True),
+    "torchrl ppo": torchrl(by_row=False),
+    "torchrl ppo by row": torchrl(),
+}
+"""What each is called."""
