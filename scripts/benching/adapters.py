@@ -1,0 +1,93 @@
+"""What other libraries' PPO costs here, against the native one, with and without prefix cache and sharing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+
+import textenv
+from agents import PPO, PPOConfig, ValueHeadLM
+from scripts.benching.timing import Competitor, Timing, measure, table
+from scripts.valence import model_folder
+
+ROWS, PROMPT, TOKENS, EPOCHS, MINIBATCHES = 64, 8, 48, 4, 4
+NATIVE = "native"
+
+_TEXT = """## Any library's PPO
+
+One iteration: {rows} responses of {tokens} tokens to prompts of {prompt}, {epochs} epochs of {minibatches}
+minibatches, a critic on the policy's trunk, a free reward ({model}).
+
+"stock" is the library's algorithm as it is, whose shuffled minibatches touch every episode; "by episode" draws
+minibatches of whole episodes; "naive" is stock with prefix cache and prefix sharing switched off, timed once.
+
+"""
+
+
+def run(rounds: int, model: Path | None, tell: Callable[[str], None]) -> tuple[str, list[Timing]]:
+    """Measure; the text of the page, and what was found."""
+    folder = model or (model_folder() if model_folder().is_dir() else textenv.embedded.STORYTELLER)
+    competitors = [Competitor(NATIVE, lambda: _native(folder))]
+    competitors += _sb3(folder)
+    timings = measure(competitors, rounds, tell)
+    text = _TEXT.format(
+        rows=ROWS, tokens=TOKENS, prompt=PROMPT, epochs=EPOCHS, minibatches=MINIBATCHES, model=Path(folder).name
+    )
+    return text + table(timings, [NATIVE]) + "\n", timings
+
+
+def _policy(folder: Path) -> ValueHeadLM:
+    torch.manual_seed(0)
+    return ValueHeadLM.from_pretrained(folder)
+
+
+def _envs(folder: Path, rows: int) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    width = textenv.models.load_config(folder, argument="model").vocab_size
+    return gym.make_vec(
+        "RLHF-Text-v0",
+        num_envs=rows,
+        reference=str(folder),
+        reward=_free,
+        prompts=torch.randint(3, width, (4 * ROWS, PROMPT), generator=generator).tolist(),
+        max_new_tokens=TOKENS,
+        stop_token_ids=[],
+        kl_coef=0.1,
+    )
+
+
+def _free(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
+    """The share of even ids: a score that costs nothing."""
+    return [sum(token % 2 == 0 for token in response) / len(response) for response in responses]
+
+
+_free.wants_ids = True  # type: ignore[attr-defined]
+
+
+def _native(folder: Path) -> Callable[[], object]:
+    config = PPOConfig(batch_episodes=ROWS, epochs=EPOCHS, minibatches=MINIBATCHES, lr_schedule="constant")
+    agent = PPO(_policy(folder), _envs(folder, 1), config)
+    return lambda: agent.learn(1)
+
+
+def _sb3(folder: Path) -> list[Competitor]:
+    from stable_baselines3 import PPO as SB3PPO
+
+    from agents.adapters import sb3_bridge
+
+    def prepare(by_episode: bool, prefix: bool) -> Callable[[], object]:
+        changes = {"n_epochs": EPOCHS, "batch_size": ROWS * TOKENS // MINIBATCHES, "learning_rate": 2e-4}
+        model = sb3_bridge.make(
+            SB3PPO, _policy(folder), _envs(folder, ROWS), changes, by_episode=by_episode, cache=prefix, share=prefix
+        )
+        return lambda: sb3_bridge.learn(model, 1)
+
+    return [
+        Competitor("Stable-Baselines3, by episode", lambda: prepare(True, True)),
+        Competitor("Stable-Baselines3, stock", lambda: prepare(False, True)),
+        Competitor("Stable-Baselines3, naive", lambda: prepare(False, False), rounds=1),
+    ]
