@@ -32,7 +32,7 @@ def run(rounds: int, model: Path | None, tell: Callable[[str], None]) -> tuple[s
     """Measure; the text of the page, and what was found."""
     folder = model or (model_folder() if model_folder().is_dir() else textenv.embedded.STORYTELLER)
     competitors = [Competitor(NATIVE, lambda: _native(folder))]
-    competitors += _sb3(folder)
+    competitors += _tianshou(folder) + _sb3(folder)
     timings = measure(competitors, rounds, tell)
     text = _TEXT.format(
         rows=ROWS, tokens=TOKENS, prompt=PROMPT, epochs=EPOCHS, minibatches=MINIBATCHES, model=Path(folder).name
@@ -45,7 +45,7 @@ def _policy(folder: Path) -> ValueHeadLM:
     return ValueHeadLM.from_pretrained(folder)
 
 
-def _envs(folder: Path, rows: int) -> Any:
+def _envs(folder: Path, rows: int, **options: Any) -> Any:
     generator = torch.Generator().manual_seed(0)
     width = textenv.models.load_config(folder, argument="model").vocab_size
     return gym.make_vec(
@@ -57,6 +57,7 @@ def _envs(folder: Path, rows: int) -> Any:
         max_new_tokens=TOKENS,
         stop_token_ids=[],
         kl_coef=0.1,
+        **options,
     )
 
 
@@ -72,6 +73,30 @@ def _native(folder: Path) -> Callable[[], object]:
     config = PPOConfig(batch_episodes=ROWS, epochs=EPOCHS, minibatches=MINIBATCHES, lr_schedule="constant")
     agent = PPO(_policy(folder), _envs(folder, 1), config)
     return lambda: agent.learn(1)
+
+
+def _tianshou(folder: Path) -> list[Competitor]:
+    from agents.adapters import tianshou_bridge as bridge
+
+    def prepare(by_episode: bool, prefix: bool) -> Callable[[], object]:
+        config = bridge.TianshouConfig(
+            iterations=1,
+            episodes=ROWS,
+            epochs=EPOCHS,
+            minibatches=MINIBATCHES,
+            by_episode=by_episode,
+            linear_schedule=False,
+            cache=prefix,
+            share=prefix,
+        )
+        setup = bridge.make_algorithm("ppo", _policy(folder), _envs(folder, ROWS, autoreset_mode="Disabled"), config)
+        return lambda: bridge.train(setup)
+
+    return [
+        Competitor("Tianshou, by episode", lambda: prepare(True, True)),
+        Competitor("Tianshou, stock", lambda: prepare(False, True)),
+        Competitor("Tianshou, naive", lambda: prepare(False, False), rounds=1),
+    ]
 
 
 def _sb3(folder: Path) -> list[Competitor]:

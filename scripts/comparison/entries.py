@@ -87,6 +87,34 @@ def torchrl(note: str = "", **changes: Any) -> Entry:
     return Entry("TorchRL", prepare, note)
 
 
+def tianshou(name: str, note: str = "", *, candidates: int | None = None, **changes: Any) -> Entry:
+    """An algorithm of Tianshou; those off policy act on the reference's most probable `candidates`."""
+
+    def prepare(seed: int) -> Run:
+        from agents.adapters import tianshou_bridge as bridge
+        from textenv.wrappers import VectorTopKActions
+
+        torch.manual_seed(seed)
+        settings = replace(bridge.DEFAULTS[name], **changes, seed=seed)
+        policy = ValueHeadLM.from_pretrained(model_folder(), critic="separate")
+        if name in ("npg", "trpo"):
+            bridge.use_eager_attention(policy)
+        envs = make_env(ROWS, autoreset_mode="Disabled", kl_source=None if candidates is None else "reference")
+        if candidates is not None:
+            envs = VectorTopKActions(envs, candidates)
+        setup = bridge.make_algorithm(name, policy, envs, settings)
+
+        def train() -> Sequence[Mapping[str, float]]:
+            return [
+                {"episodes": settings.episodes, "score": row["score/mean"], "kl": row["kl/sequence"]}
+                for row in bridge.train(setup)
+            ]
+
+        return train
+
+    return Entry("Tianshou", prepare, note)
+
+
 ENTRIES: dict[str, Entry] = {
     "ppo": native("ppo"),
     "vapo": native("vapo"),
@@ -99,11 +127,17 @@ ENTRIES: dict[str, Entry] = {
     "grpo": native("grpo"),
     "dr_grpo": native("dr_grpo"),
     "gspo": native("gspo"),
+    "tianshou ppo": tianshou("ppo", by_episode=False),
+    "tianshou ppo by episode": tianshou("ppo"),
+    "tianshou a2c": tianshou("a2c"),
+    "tianshou reinforce": tianshou("reinforce"),
+    "tianshou npg": tianshou("npg"),
+    "tianshou trpo": tianshou("trpo"),
+    "tianshou dqn": tianshou("dqn", candidates=64),
+    "tianshou sac": tianshou("sac", candidates=64),
     "sb3 ppo": sb3("PPO"),
     "sb3 ppo by episode": sb3("PPO", by_episode=True),
     "sb3 a2c": sb3("A2C"),
-    "sb3 maskable ppo": sb3("MaskablePPO", by_episode=True),
-    "torchrl ppo": torchrl(by_row=False),
-    "torchrl ppo by row": torchrl(),
+    "torchrl ppo": torchrl(),
 }
 """What each is called."""
