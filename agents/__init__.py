@@ -1,7 +1,8 @@
-"""Agents that learn in `RLHF-Text-v0`: a value-headed language-model policy, samplers, and PPO."""
+"""Agents that learn in `RLHF-Text-v0`: a value-headed language-model policy, samplers, PPO and other algorithms."""
 
-from agents import kl, logprobs, losses, masked, returns
-from agents.config import PPOConfig
+from agents import algorithms, kl, logprobs, losses, masked, returns
+from agents.agent import Agent
+from agents.config import PPOConfig, TrainConfig
 from agents.evaluation import Evaluation, evaluate
 from agents.policy import ValueHeadLM
 from agents.ppo import PPO
@@ -10,13 +11,16 @@ from agents.sampling import Sampler, Samples, TransformersSampler
 
 __all__ = [
     "PPO",
+    "Agent",
     "Evaluation",
     "PPOConfig",
     "Rollout",
     "Sampler",
     "Samples",
+    "TrainConfig",
     "TransformersSampler",
     "ValueHeadLM",
+    "algorithms",
     "evaluate",
     "kl",
     "logprobs",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +15,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from agents.config import PPOConfig
+from agents.algorithms import description
+from agents.algorithms.base import Algorithm
+from agents.config import PPOConfig, TrainConfig
 from agents.policy import ValueHeadLM
 
 if TYPE_CHECKING:
-    from agents.ppo import PPO
-    from agents.sampling import Sampler
+    from agents.agent import Agent
 
 STATE, OPTIMIZER = "trainer.json", "optimizer.safetensors"
-FORMAT = 1
+FORMAT = 2
 
 
-def save(agent: PPO, folder: Path) -> None:
+def save(agent: Agent, folder: Path) -> None:
     """Write everything that `load` needs.
 
     Raises:
@@ -47,7 +48,10 @@ def save(agent: PPO, folder: Path) -> None:
         state = {
             "format": FORMAT,
             "dtype": str(next(agent.policy.lm.parameters()).dtype).removeprefix("torch."),
+            "config_of": "PPO" if isinstance(agent.config, PPOConfig) else "any",
             "config": asdict(agent.config),
+            "algorithm": description.describe(agent.algorithm),
+            "memory": dict(agent.memory),
             "updates": agent.updates,
             "collections": agent.collections,
             "schedule_updates": agent.schedule_updates,
@@ -71,31 +75,80 @@ def save(agent: PPO, folder: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def load(
-    cls: type[PPO],
-    folder: Path,
-    envs: Any,
-    sampler: Sampler | None,
-    eval_prompts: Sequence[Any] | None,
-    policy: ValueHeadLM | None,
-) -> PPO:
-    """An agent that goes on where `save` stopped; see `PPO.load`."""
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, read as far as its state; nothing is loaded yet."""
+
+    folder: Path
+    """Where it lies."""
+    state: Mapping[str, Any]
+    """What `save` wrote beside the tensors."""
+
+    def name(self) -> str:
+        """What its algorithm is called."""
+        return description.name_of(self.state["algorithm"])
+
+    def config(self) -> TrainConfig:
+        """The settings of the loop.
+
+        Raises:
+            ValueError: If they are another version's.
+        """
+        values, kind = self.state["config"], PPOConfig if self.state["config_of"] == "PPO" else TrainConfig
+        try:
+            return kind(**values)
+        except TypeError as error:
+            wanted = f"this version's {kind.__name__}"
+            raise ValueError(f"folder: expected a checkpoint of {wanted}, got another ({error})") from error
+
+    def algorithm(self, given: Algorithm | None) -> Algorithm:
+        """The algorithm, made again, or the one given if it is the same.
+
+        Raises:
+            ValueError: If it holds something that only its author can make again and none is given, or if the one that
+                is given is another.
+        """
+        if given is None:
+            return description.make(self.state["algorithm"])
+        description.check_same(given, self.state["algorithm"])
+        return given
+
+    def policy(self, envs: Any) -> ValueHeadLM:
+        """The policy, on the environment's device.
+
+        Raises:
+            ValueError: If it cannot be loaded.
+        """
+        dtype = getattr(torch, self.state["dtype"])
+        return ValueHeadLM.from_pretrained(self.folder, device=envs.unwrapped.task.device, dtype=dtype)
+
+    def restore(self, agent: Agent) -> None:
+        """Put an agent that was just made where the saved one was.
+
+        Raises:
+            ValueError: If the agent is another.
+        """
+        state = self.state
+        description.check_same(agent.algorithm, state["algorithm"])
+        agent.updates, agent.schedule_updates = state["updates"], state["schedule_updates"]
+        agent.collections, agent.memory = state["collections"], dict(state["memory"])
+        if state["best_objective"] is not None:
+            agent.best_objective = state["best_objective"]
+        agent.prompts.load_state_dict(state["prompts"])
+        agent.task.controller.load_state_dict(state["kl_controller"])
+        _load_optimizer(agent, _read_tensors(self.folder / OPTIMIZER), state["optimizer_steps"])
+
+
+def read(folder: Path) -> Saved:
+    """What `save` wrote.
+
+    Raises:
+        ValueError: If there is no checkpoint, or one of another format.
+    """
     folder = folder.resolve()
     if not folder.exists() and _beside(folder, "previous").exists():
         folder = _beside(folder, "previous")
-    state = _read_state(folder)
-    config, task = _read_config(state["config"]), envs.unwrapped.task
-    if policy is None:
-        policy = ValueHeadLM.from_pretrained(folder, device=task.device, dtype=getattr(torch, state["dtype"]))
-    agent = cls(policy, envs, config, sampler, eval_prompts=eval_prompts)
-    agent.updates, agent.schedule_updates = state["updates"], state["schedule_updates"]
-    agent.collections = state["collections"]
-    if state["best_objective"] is not None:
-        agent.best_objective = state["best_objective"]
-    agent.prompts.load_state_dict(state["prompts"])
-    task.controller.load_state_dict(state["kl_controller"])
-    _load_optimizer(agent, _read_tensors(folder / OPTIMIZER), state["optimizer_steps"])
-    return agent
+    return Saved(folder, _read_state(folder))
 
 
 def _beside(folder: Path, suffix: str) -> Path:
@@ -113,13 +166,6 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _read_config(values: dict[str, Any]) -> PPOConfig:
-    try:
-        return PPOConfig(**values)
-    except TypeError as error:
-        raise ValueError(f"folder: expected a checkpoint of this version's PPOConfig, got another ({error})") from error
-
-
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
@@ -127,13 +173,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"folder: expected a readable {path.name}, got {str(path)!r} ({error})") from error
 
 
-def _parameters(agent: PPO) -> list[tuple[str, torch.nn.Parameter]]:
+def _parameters(agent: Agent) -> list[tuple[str, torch.nn.Parameter]]:
     """Learning parameters by name, in the optimizer's order."""
     names = {id(parameter): name for name, parameter in agent.policy.named_parameters()}
     return [(names[id(p)], p) for group in agent.optimizer.param_groups for p in group["params"]]
 
 
-def _optimizer_tensors(agent: PPO) -> tuple[dict[str, Tensor], dict[str, float]]:
+def _optimizer_tensors(agent: Agent) -> tuple[dict[str, Tensor], dict[str, float]]:
     tensors, steps = {}, {}
     for name, parameter in _parameters(agent):
         for key, value in agent.optimizer.state.get(parameter, {}).items():
@@ -144,7 +190,7 @@ def _optimizer_tensors(agent: PPO) -> tuple[dict[str, Tensor], dict[str, float]]
     return tensors, steps
 
 
-def _load_optimizer(agent: PPO, tensors: Mapping[str, Tensor], steps: Mapping[str, float]) -> None:
+def _load_optimizer(agent: Agent, tensors: Mapping[str, Tensor], steps: Mapping[str, float]) -> None:
     parameters = dict(_parameters(agent))
     unknown = sorted(steps.keys() - parameters.keys())
     if unknown:

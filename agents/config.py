@@ -1,18 +1,21 @@
-"""The settings of PPO."""
+"""The settings of training, and those of PPO."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from agents.checks import at_least, number
+
 LrSchedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
-class PPOConfig:
-    """Settings of `PPO`; an update is one rollout learnt from, a step one minibatch.
+class TrainConfig:
+    """Settings of the loop that every algorithm shares; an update is one rollout learnt from, a step one minibatch.
 
-    Temperature, stop tokens, response length and β are the environment's, and read there.
+    Temperature, stop tokens, response length and β are the environment's, and read there. What an algorithm estimates
+    and how it loses are the algorithm's.
 
     Raises:
         ValueError: Naming the field, what was expected and what came.
@@ -44,26 +47,8 @@ class PPOConfig:
     """Bound of the gradient's norm, of the language model and of the critic apart."""
     gamma: float = 1.0
     """Discount."""
-    gae_lambda: float = 0.98
-    """λ of the advantages."""
-    clip_eps: float = 0.2
-    """Half-width of the trust region of the probability ratio."""
-    clip_eps_high: float | None = None
-    """Its upper half-width; None: `clip_eps`."""
-    dual_clip: float | None = None
-    """Bound c > 1 of the loss where the advantage is negative (Ye et al. 2020); None: none."""
-    value_clip_eps: float | None = 0.2
-    """Half-width of the value clip, in standard deviations of the returns; None: no clip."""
-    value_coef: float = 1.0
-    """Weight of the value loss, which is in units of the returns' variance."""
-    trunk_value_coef: float = 1.0
-    """Share of the value loss's gradient that reaches a shared trunk."""
-    value_stats_decay: float = 0.9
-    """Memory of the running mean and variance of the returns, per update."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    whiten_advantages: bool = True
-    """Advantages to mean 0 and variance 1 over the rollout."""
     whiten_rewards: bool = False
     """Rewards to variance 1 over the rollout, the mean kept; gives up the invariance to their scale."""
     score_clip: float | None = None
@@ -80,29 +65,23 @@ class PPOConfig:
     def __post_init__(self) -> None:
         """Check each field."""
         for name in ("batch_episodes", "epochs", "minibatches"):
-            _at_least(name, getattr(self, name), 1)
+            at_least(name, getattr(self, name), 1)
         for name in ("warmup_updates", "critic_warmup_updates", "eval_every", "seed"):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         for name in ("microbatch_episodes", "schedule_updates"):
             if getattr(self, name) is not None:
-                _at_least(name, getattr(self, name), 1)
+                at_least(name, getattr(self, name), 1)
         if self.minibatches > self.batch_episodes:
             limit = f"batch_episodes={self.batch_episodes}"
             raise ValueError(f"minibatches: expected at most {limit}, got {self.minibatches}")
-        for name in ("learning_rate", "clip_eps", "value_coef", "trunk_value_coef", "entropy_coef", "adam_eps"):
-            _number(name, getattr(self, name))
-        for name in ("critic_learning_rate", "clip_eps_high", "value_clip_eps", "max_grad_norm", "score_clip"):
+        for name in ("learning_rate", "entropy_coef", "adam_eps"):
+            number(name, getattr(self, name))
+        for name in ("critic_learning_rate", "max_grad_norm", "score_clip", "max_update_kl"):
             if getattr(self, name) is not None:
-                _number(name, getattr(self, name))
-        if self.max_update_kl is not None:
-            _number("max_update_kl", self.max_update_kl)
-        for name in ("gamma", "gae_lambda", "value_stats_decay"):
-            _number(name, getattr(self, name), high=1.0)
-        if self.dual_clip is not None and (not isinstance(self.dual_clip, int | float) or not self.dual_clip > 1):
-            raise ValueError(f"dual_clip: expected a number > 1, got {self.dual_clip!r}")
-        for name in ("whiten_advantages", "whiten_rewards"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+                number(name, getattr(self, name))
+        number("gamma", self.gamma, high=1.0)
+        if not isinstance(self.whiten_rewards, bool):
+            raise ValueError(f"whiten_rewards: expected True or False, got {self.whiten_rewards!r}")
         if self.bf16 is not None and not isinstance(self.bf16, bool):
             raise ValueError(f"bf16: expected True, False or None, got {self.bf16!r}")
         if self.lr_schedule not in get_args(LrSchedule):
@@ -116,12 +95,44 @@ class PPOConfig:
         return self.microbatch_episodes or -(-self.batch_episodes // self.minibatches)
 
 
-def _at_least(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}: expected an integer >= {low}, got {value!r}")
+@dataclass(frozen=True)
+class PPOConfig(TrainConfig):
+    """Settings of `PPO`: those of the loop, and of the clipped surrogate on whitened GAE with a critic.
 
+    Raises:
+        ValueError: Naming the field, what was expected and what came.
+    """
 
-def _number(name: str, value: object, high: float = float("inf")) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high or value == float("inf"):
-        bound = "" if high == float("inf") else f" and <= {high}"
-        raise ValueError(f"{name}: expected a finite number >= 0{bound}, got {value!r}")
+    gae_lambda: float = 0.98
+    """λ of the advantages."""
+    clip_eps: float = 0.2
+    """Half-width of the trust region of the probability ratio."""
+    clip_eps_high: float | None = None
+    """Its upper half-width; None: `clip_eps`."""
+    dual_clip: float | None = None
+    """Bound c > 1 of the loss where the advantage is negative (Ye et al. 2020); None: none."""
+    value_clip_eps: float | None = 0.2
+    """Half-width of the value clip, in standard deviations of the returns; None: no clip."""
+    value_coef: float = 1.0
+    """Weight of the value loss, which is in units of the returns' variance."""
+    trunk_value_coef: float = 1.0
+    """Share of the value loss's gradient that reaches a shared trunk."""
+    value_stats_decay: float = 0.9
+    """Memory of the running mean and variance of the returns, per update."""
+    whiten_advantages: bool = True
+    """Advantages to mean 0 and variance 1 over the rollout."""
+
+    def __post_init__(self) -> None:
+        """Check each field; `PPO` makes the components of them, which check the others again."""
+        super().__post_init__()
+        for name in ("clip_eps", "value_coef", "trunk_value_coef"):
+            number(name, getattr(self, name))
+        for name in ("clip_eps_high", "value_clip_eps"):
+            if getattr(self, name) is not None:
+                number(name, getattr(self, name))
+        for name in ("gae_lambda", "value_stats_decay"):
+            number(name, getattr(self, name), high=1.0)
+        if self.dual_clip is not None:
+            number("dual_clip", self.dual_clip, above=1.0)
+        if not isinstance(self.whiten_advantages, bool):
+            raise ValueError(f"whiten_advantages: expected True or False, got {self.whiten_advantages!r}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from agents.kl import k3
-from agents.losses import clipped_surrogate, clipped_value, importance_ratios
+from agents.losses import clipped_surrogate, clipped_value, importance_ratios, sequence_surrogate
 from agents.masked import clean, is_constant, masked_mean, masked_var, same_shape
 
 
@@ -119,6 +119,45 @@ def clip_fraction(
     clipped = clipped_surrogate(logprobs, old_logprobs, advantages, clip_eps, clip_eps_high=clip_eps_high, mask=mask)
     unclipped = -clean(advantages, mask) * importance_ratios(logprobs, old_logprobs, mask=mask)
     return masked_mean(clipped > unclipped, mask)
+
+
+@torch.no_grad()
+def sequence_clip_fraction(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_eps: float,
+    mask: Tensor,
+    *,
+    clip_eps_high: float | None = None,
+    per_token: bool = False,
+) -> Tensor:
+    """Fraction of tokens whose gradient the clip of `losses.sequence_surrogate` removes.
+
+    Args:
+        logprobs: log π(a), `[B, T]`.
+        old_logprobs: log π_old(a), `[B, T]`.
+        advantages: `[B, T]`.
+        clip_eps: half-width ε.
+        mask: bool `[B, T]`.
+        clip_eps_high: half-width on the upper side; `clip_eps` when None.
+        per_token: as there.
+
+    Returns:
+        A scalar in [0, 1].
+
+    Raises:
+        ValueError: if shapes differ or a half-width is negative.
+
+    >>> sequence_clip_fraction(torch.tensor([[0.0, -1.0]]), torch.full((1, 2), -1.0), torch.ones(1, 2), 0.2,
+    ...     torch.ones(1, 2) > 0)
+    tensor(1.)
+    """
+    args = logprobs, old_logprobs, advantages
+    clipped = sequence_surrogate(*args, clip_eps, mask=mask, clip_eps_high=clip_eps_high, per_token=per_token)
+    # No bound at all: a lower half-width of 1 and an upper one without end.
+    free = sequence_surrogate(*args, 1.0, mask=mask, clip_eps_high=float("inf"), per_token=per_token)
+    return masked_mean(clipped > free, mask)
 
 
 @torch.no_grad()

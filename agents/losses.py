@@ -91,6 +91,56 @@ def clipped_surrogate(
     return loss
 
 
+def sequence_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    clip_eps: float,
+    *,
+    mask: Tensor,
+    clip_eps_high: float | None = None,
+    per_token: bool = False,
+) -> Tensor:
+    """The surrogate clipped by the ratio of whole responses, s = (π(y)/π_old(y))^(1/|y|): GSPO (arXiv 2507.18071).
+
+    GSPO (eq. 5): -min(s Â, clip(s) Â) at each token of a response, Â the mean of the response's advantages. GSPO-token
+    (eq. 13): sₜ = sg(s) · π(aₜ)/sg(π(aₜ)) for s, which has its value, and each token's own Âₜ. The mean over a
+    response, which the paper takes ("sequence" in `aggregate`), has the gradient -s Â mean(∇log π) in both where Â is
+    constant.
+
+    Args:
+        logprobs: log π(a), `[B, T]`.
+        old_logprobs: log π_old(a), `[B, T]`; a constant.
+        advantages: `[B, T]`; constants.
+        clip_eps: half-width ε of the trust region of s.
+        mask: bool `[B, T]`.
+        clip_eps_high: half-width on the upper side; `clip_eps` when None.
+        per_token: GSPO-token.
+
+    Returns:
+        Loss `[B, T]`, 0 outside of the mask.
+
+    Raises:
+        ValueError: if shapes differ or a half-width is negative.
+
+    >>> sequence_surrogate(torch.tensor([[0.0, -1.0]]), torch.full((1, 2), -1.0), torch.ones(1, 2), 0.2,
+    ...     mask=torch.ones(1, 2) > 0)
+    tensor([[-1.2000, -1.2000]])
+    """
+    same_shape(logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, mask=mask)
+    low, high = _trust_region(clip_eps, clip_eps_high)
+    advantages = _constant(advantages, mask)
+    log_ratios = masked_mean(k1(logprobs, old_logprobs.detach(), mask=mask), mask, dim=1).unsqueeze(1)
+    if per_token:
+        own = clean(logprobs, mask)
+        log_ratios = log_ratios.detach() + (own - own.detach())
+    else:
+        advantages = masked_mean(advantages, mask, dim=1).unsqueeze(1)
+    ratios = log_ratios.clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT).exp()
+    loss = torch.maximum(-advantages * ratios, -advantages * ratios.clamp(low, high))
+    return clean(loss.expand_as(logprobs), mask)
+
+
 def policy_gradient(logprobs: Tensor, advantages: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """The likelihood-ratio loss, -Âₜ log π(aₜ|sₜ), whose gradient is REINFORCE's (Williams 1992).
 

@@ -15,19 +15,28 @@ from textenv.types import FinishReason
 
 
 @torch.no_grad()
-def rollout_metrics(rollout: Rollout, returns: Tensor, task: Task) -> dict[str, float]:
-    """Score, KL, entropy, lengths and endings of the episodes, and how well the values foresaw the returns."""
+def rollout_metrics(rollout: Rollout, returns: Tensor | None, task: Task) -> dict[str, float]:
+    """Score, KL, entropy, lengths and endings of the episodes, and how well the values foresaw the returns.
+
+    Args:
+        rollout: What was recorded.
+        returns: `[B, T]`, what the values were to foresee; None without a critic.
+        task: The environment's.
+    """
     lengths, scores = rollout.response_lengths.float(), rollout.scores[rollout.scored]
     drift = rollout.old_logprobs - rollout.behavior_logprobs
     metrics = {
         "reward/sequence": float(masked_sum(rollout.rewards, rollout.mask, dim=1).mean()),
         "entropy": float(masked_mean(rollout.entropy, rollout.mask)),
-        "value/mean": float(masked_mean(rollout.values, rollout.mask)),
-        "value/explained_variance": float(explained_variance(rollout.values, returns, rollout.mask)),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
         "sampler/logprob_gap": float(masked_mean(drift.abs(), rollout.mask)),
     }
+    if returns is not None:
+        metrics["value/mean"] = float(masked_mean(rollout.values, rollout.mask))
+        metrics["value/explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))
+    if rollout.greedy is not None:
+        metrics["greedy/reward"] = float(rollout.greedy.mean())
     if len(scores):
         metrics |= {"score/mean": float(scores.mean()), "score/std": float(scores.std(unbiased=False))}
     for reason in (FinishReason.STOP, FinishReason.LENGTH):

@@ -140,7 +140,7 @@ def boundaries(
     bootstrap_values: Tensor | None,
     values: Tensor,
     gamma: float,
-    lam: float,
+    lam: float | Tensor,
 ) -> Boundaries:
     """Where each row's episode goes on, ends and is cut, if a row is one episode that ends at its last counted slot.
 
@@ -150,7 +150,7 @@ def boundaries(
         bootstrap_values: `[B]`, value of the state after the cut; read where `truncated` only.
         values: `[B, T]`, and the same tensor that `gae` is given: skipped slots refer to it.
         gamma: discount.
-        lam: λ of the TD errors.
+        lam: λ of the TD errors; a number, or `[B, 1]`, one a row.
 
     Returns:
         The three as in `step_boundaries`.
@@ -180,7 +180,7 @@ def step_boundaries(
     bootstrap_values: Tensor,
     values: Tensor,
     gamma: float,
-    lam: float,
+    lam: float | Tensor,
 ) -> Boundaries:
     """Where episodes go on, end and are cut, if they may do so at any slot (several episodes in a row).
 
@@ -196,7 +196,7 @@ def step_boundaries(
         bootstrap_values: `[B, T]`, value of the state after a cut; read where `truncated` only.
         values: `[B, T]`, and the same tensor that `gae` is given.
         gamma: discount.
-        lam: λ of the TD errors.
+        lam: λ of the TD errors; a number, or `[B, 1]`, one a row.
 
     Returns:
         Next values, discounts and lambdas, each `[B, T]`.
@@ -230,7 +230,7 @@ def masked_gae(
     mask: Tensor,
     *,
     gamma: float,
-    gae_lambda: float,
+    gae_lambda: float | Tensor,
     truncated: Tensor | None = None,
     bootstrap_values: Tensor | None = None,
 ) -> Estimates:
@@ -243,7 +243,7 @@ def masked_gae(
         values: `[B, T]`.
         mask: bool `[B, T]`; whatever lies outside of it, NaN included, is neither read nor returned.
         gamma: discount.
-        gae_lambda: λ of the TD errors.
+        gae_lambda: λ of the TD errors; a number, or `[B, 1]`, one a row.
         truncated: as in `boundaries`.
         bootstrap_values: as in `boundaries`.
 

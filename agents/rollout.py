@@ -14,6 +14,7 @@ from agents.masked import whiten
 from agents.policy import Evaluation, ValueHeadLM
 from agents.returns import discounted_returns
 from agents.sampling.base import Sampler, Samples
+from agents.value_head import ValueHead
 from agents.value_scale import first_value_scale
 from textenv import kl
 from textenv.replay import replay
@@ -47,7 +48,7 @@ class Rollout:
     entropy: Tensor
     """`[B, T]`: entropy of π(·|s_t)."""
     values: Tensor
-    """`[B, T]`: V(s_t), in reward units."""
+    """`[B, T]`: V(s_t), in reward units; zeros without a critic."""
     bootstrap_values: Tensor
     """`[B]`: V after the last token; read where `truncated`."""
     scores: Tensor
@@ -60,6 +61,12 @@ class Rollout:
     """`[B]` int8 of `FinishReason`."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall-clock time of `sample`, `evaluate` and `reward`."""
+    groups: Tensor | None = None
+    """`[B]` int64: episodes of one number answer one prompt; None: each is alone."""
+    greedy: Tensor | None = None
+    """`[B]`: what the greedy response to the same prompt was paid, without its KL; None if it was not asked for."""
+    memory: Mapping[str, float] = field(default_factory=dict)
+    """What the estimator remembers of earlier updates; the agent fills it in."""
 
     @property
     def kl(self) -> Tensor:
@@ -68,7 +75,8 @@ class Rollout:
 
     def select(self, rows: Tensor) -> Rollout:
         """Some of the episodes, without the padding that they do not need."""
-        parts = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "seconds"}
+        whole = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts = {name: value[rows] for name, value in whole.items() if isinstance(value, Tensor)}
         steps = int(parts["response_lengths"].max())
         columns = int((parts["prompt_lengths"] + parts["response_lengths"]).max())
         for name, tensor in parts.items():
@@ -100,20 +108,28 @@ def collect(
     gamma: float = 1.0,
     whiten_rewards: bool = False,
     score_clip: float | None = None,
+    group_size: int = 1,
+    with_values: bool = True,
+    with_greedy: bool = False,
+    charge_kl: bool = True,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> Rollout:
-    """Sample one episode a prompt and record all that learning needs.
+    """Sample the episodes of each prompt and record all that learning needs.
 
     Args:
         policy: Its log-probs and values are recorded.
         task: The environment's; pays the rewards.
         sampler: Draws the responses from the same weights.
-        prompts: B prompts as token ids.
+        prompts: As token ids; B is their number times `group_size`.
         seed: Of the samples.
         microbatch_episodes: Episodes of one forward.
         gamma: Discount of the returns that first set the value scale.
         whiten_rewards: Whether learning whitens the rewards, so that the value scale is that of whitened ones.
         score_clip: Bound of the scores that are learnt from.
+        group_size: Responses to each prompt, side by side.
+        with_values: Whether there is a critic to ask.
+        with_greedy: Whether each prompt's greedy response is sampled and scored too.
+        charge_kl: Whether the rewards are charged; False where a loss is.
         autocast: Makes the context of each forward.
 
     Raises:
@@ -121,26 +137,25 @@ def collect(
     """
     if not len(prompts):
         raise ValueError("prompts: expected at least one, got none")
+    each, prompts = prompts, [prompt for prompt in prompts for _ in range(group_size)]
     start = time.perf_counter()
     with autocast():
         samples = sample_responses(sampler, task, prompts, seed)
+        greedy_samples = _greedy_responses(sampler, task, each) if with_greedy else None
     sampled = time.perf_counter()
-    lengths = torch.tensor([len(response) for response in samples.responses], device=task.device)
-    starts = torch.tensor([len(prompt) for prompt in prompts], device=task.device)
-    rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, samples.responses, strict=True)]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(task.device)
+    ids, starts, lengths, behavior = _padded(prompts, samples, task.device)
     with autocast():
-        old = _evaluate(policy, task, ids, starts, lengths, microbatch_episodes)
+        old = _evaluate(policy, task, ids, starts, lengths, microbatch_episodes, with_values)
     evaluated = time.perf_counter()
     record = replay(task, prompts, samples.responses, old.logprobs)
-    rewards = _rewards(task, record, old.logprobs, score_clip)
-    values, bootstrap_values, head = old.values, old.bootstrap_values, policy.value_head
-    learnt = whiten(rewards, record.mask, shift_mean=False) if whiten_rewards else rewards
-    if head.value_count == 0 and first_value_scale(head, discounted_returns(learnt, gamma), record.mask):
-        # A new critic foresees the mean of the first returns, from these episodes on.
-        mean = head.value_mean.float()
-        values, bootstrap_values = torch.where(record.mask, mean, 0.0), mean.expand_as(bootstrap_values)
-    behavior = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in samples.logprobs], batch_first=True)
+    rewards = _clipped(record, score_clip)
+    rewards = _charged(task, record, rewards, old.logprobs) if charge_kl else rewards
+    greedy = None if greedy_samples is None else _greedy_returns(task, each, greedy_samples, score_clip)
+    values, bootstrap_values = old.values, old.bootstrap_values
+    if with_values and policy.value_head.value_count == 0:
+        learnt = whiten(rewards, record.mask, shift_mean=False) if whiten_rewards else rewards
+        values, bootstrap_values = _first_values(policy.value_head, old, discounted_returns(learnt, gamma), record.mask)
+    rewarded = time.perf_counter()
     return Rollout(
         ids=record.ids,
         prompt_lengths=starts,
@@ -148,7 +163,7 @@ def collect(
         mask=record.mask,
         rewards=rewards,
         old_logprobs=old.logprobs,
-        behavior_logprobs=behavior.to(task.device),
+        behavior_logprobs=behavior,
         ref_logprobs=record.ref_logprobs,
         entropy=old.entropy,
         values=values,
@@ -157,20 +172,45 @@ def collect(
         scored=record.scored,
         truncated=record.truncated,
         finish_reasons=record.finish_reasons,
-        seconds={
-            "sample": sampled - start,
-            "evaluate": evaluated - sampled,
-            "reward": time.perf_counter() - evaluated,
-        },
+        seconds={"sample": sampled - start, "evaluate": evaluated - sampled, "reward": rewarded - evaluated},
+        groups=torch.arange(len(prompts), device=task.device) // group_size,
+        greedy=None if greedy is None else greedy.repeat_interleave(group_size),
     )
 
 
-def _rewards(task: Task, record: ReplayRecord, logprobs: Tensor, score_clip: float | None) -> Tensor:
-    """The environment's rewards, the scores in them clipped, with the KL charged exactly once."""
-    rewards = record.rewards
-    if score_clip is not None:
-        paid = record.reward_parts["score"]
-        rewards = rewards - paid + paid.clamp(-score_clip, score_clip)
+def _padded(
+    prompts: Sequence[Sequence[int]], samples: Samples, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ids `[B, L]`, lengths of prompts and of responses `[B]`, and the sampler's log-probs `[B, T]`."""
+    rows = [torch.tensor([*p, *r]) for p, r in zip(prompts, samples.responses, strict=True)]
+    behavior = [torch.tensor(row) for row in samples.logprobs]
+    return (
+        torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device),
+        torch.tensor([len(prompt) for prompt in prompts], device=device),
+        torch.tensor([len(response) for response in samples.responses], device=device),
+        torch.nn.utils.rnn.pad_sequence(behavior, batch_first=True).to(device),
+    )
+
+
+def _first_values(head: ValueHead, old: Evaluation, returns: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and bootstrap values of a critic that has no scale yet: the first returns set it."""
+    if not first_value_scale(head, returns, mask):
+        return old.values, old.bootstrap_values
+    # A new critic foresees the mean of the first returns, from these episodes on.
+    mean = head.value_mean.float()
+    return torch.where(mask, mean, 0.0), mean.expand_as(old.bootstrap_values)
+
+
+def _clipped(record: ReplayRecord, score_clip: float | None) -> Tensor:
+    """The environment's rewards, the scores in them clipped."""
+    if score_clip is None:
+        return record.rewards
+    paid = record.reward_parts["score"]
+    return record.rewards - paid + paid.clamp(-score_clip, score_clip)
+
+
+def _charged(task: Task, record: ReplayRecord, rewards: Tensor, logprobs: Tensor) -> Tensor:
+    """Rewards with the KL charged exactly once."""
     return kl.charge(
         rewards,
         logprobs,
@@ -182,8 +222,32 @@ def _rewards(task: Task, record: ReplayRecord, logprobs: Tensor, score_clip: flo
     )
 
 
+def _greedy_responses(sampler: Sampler, task: Task, prompts: Sequence[Sequence[int]]) -> Samples:
+    """The most likely token at each place, one response a prompt."""
+    return sampler.sample(
+        prompts,
+        max_new_tokens=task.options.max_new_tokens,
+        stop_token_ids=task.stop_token_ids,
+        temperature=task.options.temperature,
+        seed=0,
+        greedy=True,
+    )
+
+
+def _greedy_returns(task: Task, prompts: Sequence[Sequence[int]], samples: Samples, score_clip: float | None) -> Tensor:
+    """What those were paid, `[prompts]`: score and penalties, whoever charges the KL."""
+    record = replay(task, prompts, samples.responses, samples.logprobs)
+    return (_clipped(record, score_clip) - record.reward_parts["kl"]).sum(1)
+
+
 def _evaluate(
-    policy: ValueHeadLM, task: Task, ids: Tensor, starts: Tensor, lengths: Tensor, microbatch_episodes: int
+    policy: ValueHeadLM,
+    task: Task,
+    ids: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    microbatch_episodes: int,
+    with_values: bool,
 ) -> Evaluation:
     """`policy.evaluate` in microbatches."""
     parts = [
@@ -193,7 +257,8 @@ def _evaluate(
             lengths[rows],
             temperature=task.options.temperature,
             with_entropy=True,
-            with_bootstrap=task.options.length_end == "truncate",
+            with_values=with_values,
+            with_bootstrap=with_values and task.options.length_end == "truncate",
         )
         for rows in torch.arange(len(ids), device=ids.device).split(microbatch_episodes)
     ]

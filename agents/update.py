@@ -1,58 +1,66 @@
-"""One PPO update as functions: targets, minibatches, an optimizer step, the loss of a microbatch, its statistics."""
+"""One update as functions: targets, minibatches, an optimizer step, the loss of a microbatch, its statistics."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from agents.config import PPOConfig
-from agents.diagnostics import approx_kl, clip_fraction, ratio_stats, value_clip_fraction
-from agents.losses import aggregate, clipped_surrogate, clipped_value
-from agents.masked import masked_sum, whiten
+from agents.algorithms.base import Algorithm, ClippedObjective, Targets, ValueLoss
+from agents.config import TrainConfig
+from agents.diagnostics import approx_kl, ratio_stats, value_clip_fraction
+from agents.losses import aggregate, clipped_value
+from agents.masked import masked_sum, same_shape, whiten
 from agents.policy import Evaluation, ValueHeadLM
-from agents.returns import masked_gae
 from agents.rollout import Rollout
 
 
-class Targets(NamedTuple):
-    """What a rollout is learnt towards, `[B, T]` each."""
+@dataclass(frozen=True)
+class Step:
+    """What all microbatches of an update have in common."""
 
-    advantages: Tensor
-    """Â, whitened if the config says so."""
-    returns: Tensor
-    """R = Â + V before whitening, in reward units."""
+    algorithm: Algorithm
+    """Its objective, aggregation and critic are the loss."""
+    config: TrainConfig
+    """Of the entropy bonus, the microbatches and the clip of the gradient."""
+    temperature: float
+    """That of sampling."""
+    max_new_tokens: int
+    """The longest response there may be."""
+    kl_coef: float = 0.0
+    """β; read where the KL is a loss."""
+    critic_only: bool = False
+    """Whether only the critic learns; a shared trunk then gets no gradient."""
 
 
-def targets(rollout: Rollout, config: PPOConfig) -> Targets:
-    """Advantages and returns of a rollout."""
-    rewards = rollout.rewards
+def targets(rollout: Rollout, algorithm: Algorithm, config: TrainConfig) -> Targets:
+    """What the algorithm's estimator makes of a rollout.
+
+    Raises:
+        ValueError: If it gives advantages of another shape, or no returns though there is a critic.
+    """
     if config.whiten_rewards:
-        rewards = whiten(rewards, rollout.mask, shift_mean=False)
-    estimates = masked_gae(
-        rewards,
-        rollout.values,
-        rollout.mask,
-        gamma=config.gamma,
-        gae_lambda=config.gae_lambda,
-        truncated=rollout.truncated,
-        bootstrap_values=rollout.bootstrap_values,
-    )
-    advantages = estimates.advantages
-    if config.whiten_advantages:
-        advantages = whiten(advantages, rollout.mask)
-    return Targets(advantages, estimates.returns)
+        rollout = replace(rollout, rewards=whiten(rollout.rewards, rollout.mask, shift_mean=False))
+    found = algorithm.estimator(rollout, config.gamma)
+    if not isinstance(found, Targets):
+        raise ValueError(f"estimator: expected it to return Targets, got {type(found).__name__}")
+    same_shape(mask=rollout.mask, advantages=found.advantages)
+    if algorithm.critic is not None:
+        if found.returns is None:
+            raise ValueError("estimator: expected Targets with returns, because the algorithm has a critic, got None")
+        same_shape(mask=rollout.mask, returns=found.returns)
+    return found
 
 
-def minibatches(episodes: int, config: PPOConfig, seed: int) -> Iterator[Tensor]:
+def minibatches(episodes: int, config: TrainConfig, seed: int) -> Iterator[Tensor]:
     """Row indices of each optimizer step, reshuffled every epoch.
 
-    >>> [rows.tolist() for rows in minibatches(3, PPOConfig(epochs=1, minibatches=2), seed=0)]
+    >>> [rows.tolist() for rows in minibatches(3, TrainConfig(epochs=1, minibatches=2), seed=0)]
     [[2, 0], [1]]
     """
     generator = torch.Generator().manual_seed(seed)
@@ -60,15 +68,33 @@ def minibatches(episodes: int, config: PPOConfig, seed: int) -> Iterator[Tensor]
         yield from torch.randperm(episodes, generator=generator).tensor_split(min(config.minibatches, episodes))
 
 
+def optimizer_steps(
+    policy: ValueHeadLM,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    target: Targets,
+    batches: Iterable[Tensor],
+    step: Step,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> Mapping[str, float]:
+    """One optimizer step on each of these rows, until the policy has moved too far; the sums of `optimizer_step`."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for rows in batches:
+        part = rollout.select(rows.to(rollout.ids.device))
+        found = optimizer_step(policy, optimizer, part, target.select(rows), step, autocast)
+        if found is None:
+            break
+        for name, value in found.items():
+            sums[name] += value
+    return sums
+
+
 def optimizer_step(
     policy: ValueHeadLM,
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
     target: Targets,
-    config: PPOConfig,
-    *,
-    temperature: float,
-    critic_only: bool = False,
+    step: Step,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, float] | None:
     """One optimizer step on a minibatch, its gradient summed over microbatches.
@@ -78,9 +104,7 @@ def optimizer_step(
         optimizer: Its optimizer.
         rollout: The episodes of the minibatch.
         target: Theirs.
-        config: Of the loss, the microbatches and the clip of the gradient.
-        temperature: That of sampling.
-        critic_only: As in `microbatch_loss`.
+        step: The loss.
         autocast: Makes the context of each forward.
 
     Returns:
@@ -89,20 +113,15 @@ def optimizer_step(
     Raises:
         ValueError: If a loss or a gradient is not finite; no step is taken.
     """
-    tokens = int(rollout.mask.sum())
+    config, tokens = step.config, int(rollout.mask.sum())
+    count = step.algorithm.aggregation.count(rollout.mask, step.max_new_tokens)
     sums: defaultdict[str, float] = defaultdict(float)
     optimizer.zero_grad(set_to_none=True)
     for rows in torch.arange(len(rollout.ids), device=rollout.ids.device).split(config.forward_episodes):
         part = rollout.select(rows)
         with autocast():
             loss, found = microbatch_loss(
-                policy,
-                part,
-                Targets(*(t[rows, : part.mask.shape[1]] for t in target)),
-                config,
-                tokens=tokens,
-                temperature=temperature,
-                critic_only=critic_only,
+                policy, part, target.select(rows, part.mask.shape[1]), step, tokens=tokens, count=count
             )
         loss.backward()
         for name, value in found.items():
@@ -110,7 +129,8 @@ def optimizer_step(
     if config.max_update_kl is not None and sums["kl/update"] / tokens > config.max_update_kl:
         return None
     sums["grad_norm/policy"] = tokens * _clip(policy.policy_parameters(), config.max_grad_norm)
-    sums["grad_norm/critic"] = tokens * _clip(policy.critic_parameters(), config.max_grad_norm)
+    if step.algorithm.critic is not None:
+        sums["grad_norm/critic"] = tokens * _clip(policy.critic_parameters(), config.max_grad_norm)
     if not all(math.isfinite(value) for value in sums.values()):
         wrong = ", ".join(name for name, value in sums.items() if not math.isfinite(value))
         raise ValueError(
@@ -121,70 +141,71 @@ def optimizer_step(
 
 
 def microbatch_loss(
-    policy: ValueHeadLM,
-    rollout: Rollout,
-    target: Targets,
-    config: PPOConfig,
-    *,
-    tokens: int,
-    temperature: float,
-    critic_only: bool = False,
+    policy: ValueHeadLM, rollout: Rollout, target: Targets, step: Step, *, tokens: int, count: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = L_clip + value_coef·L_V − entropy_coef·H, a token mean over the whole minibatch.
+    """L = agg(L_policy + β·L_KL − entropy_coef·H) + coef·mean(L_V), each divided by counts of the whole minibatch.
 
     Args:
         policy: Evaluated at its present weights.
         rollout: The episodes of the microbatch.
         target: Theirs.
-        config: Of the loss.
+        step: The loss.
         tokens: Tokens of the *minibatch*: losses of its microbatches add up to the minibatch's.
-        temperature: That of sampling.
-        critic_only: Whether only the critic learns; a shared trunk then gets no gradient.
+        count: What the aggregation counts in the minibatch.
 
     Returns:
         The loss, and sums over the microbatch's tokens under the metrics' names.
     """
-    mask, head = rollout.mask, policy.value_head
+    mask, algorithm, config = rollout.mask, step.algorithm, step.config
+    critic = algorithm.critic
     now = policy.evaluate(
         rollout.ids,
         rollout.prompt_lengths,
         rollout.response_lengths,
-        temperature=temperature,
+        temperature=step.temperature,
         with_entropy=config.entropy_coef != 0,
-        trunk_value_coef=0.0 if critic_only else config.trunk_value_coef,
+        with_values=critic is not None,
+        trunk_value_coef=0.0 if critic is None or step.critic_only else critic.trunk_coef,
     )
+    policy_loss = algorithm.objective(now.logprobs, rollout, target.advantages)
+    sums = {"loss/policy": masked_sum(policy_loss.detach(), mask)}
+    losses = []
+    if critic is not None:
+        value_loss, found = _value_loss(policy, now, rollout, target, critic)
+        losses.append(critic.coef * aggregate(value_loss, mask, "token", tokens))
+        sums |= found
+    if not step.critic_only:
+        total = policy_loss - config.entropy_coef * now.entropy
+        if algorithm.kl_loss is not None and step.kl_coef != 0:
+            divergence = algorithm.kl_loss(now.logprobs, rollout)
+            sums["loss/kl"] = masked_sum(divergence.detach(), mask)
+            total = total + step.kl_coef * divergence
+        losses.append(algorithm.aggregation(total, mask, count))
+    return sum(losses[1:], losses[0]), sums | _ratio_sums(now, rollout, target, algorithm)
+
+
+def _value_loss(
+    policy: ValueHeadLM, now: Evaluation, rollout: Rollout, target: Targets, critic: ValueLoss
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The critic's loss per token, in units of the returns' variance, and its sums."""
+    mask, head = rollout.mask, policy.value_head
+    assert target.returns is not None
     old_values, returns = head.normalize(rollout.values), head.normalize(target.returns)
-    value_loss = clipped_value(now.normalized_values, old_values, returns, config.value_clip_eps, mask=mask)
-    policy_loss = clipped_surrogate(
-        now.logprobs,
-        rollout.old_logprobs,
-        target.advantages,
-        config.clip_eps,
-        clip_eps_high=config.clip_eps_high,
-        dual_clip=config.dual_clip,
-        mask=mask,
-    )
-    loss = config.value_coef * aggregate(value_loss, mask, "token", tokens)
-    if not critic_only:
-        loss = loss + aggregate(policy_loss - config.entropy_coef * now.entropy, mask, "token", tokens)
-    sums = {"loss/policy": masked_sum(policy_loss.detach(), mask), "loss/value": masked_sum(value_loss.detach(), mask)}
-    sums |= _ratio_sums(now, rollout, target, config)
-    if config.value_clip_eps is not None:
-        fraction = value_clip_fraction(now.normalized_values, old_values, returns, config.value_clip_eps, mask)
+    loss = clipped_value(now.normalized_values, old_values, returns, critic.clip_eps, mask=mask)
+    sums = {"loss/value": masked_sum(loss.detach(), mask)}
+    if critic.clip_eps is not None:
+        fraction = value_clip_fraction(now.normalized_values, old_values, returns, critic.clip_eps, mask)
         sums["clip/value"] = fraction * mask.sum()
     return loss, sums
 
 
 @torch.no_grad()
-def _ratio_sums(now: Evaluation, rollout: Rollout, target: Targets, config: PPOConfig) -> dict[str, Tensor]:
+def _ratio_sums(now: Evaluation, rollout: Rollout, target: Targets, algorithm: Algorithm) -> dict[str, Tensor]:
     """How far the policy has moved, summed over tokens."""
     new, old, mask = now.logprobs, rollout.old_logprobs, rollout.mask
-    clipped = clip_fraction(new, old, target.advantages, config.clip_eps, mask, clip_eps_high=config.clip_eps_high)
-    means = {
-        "ratio/mean": ratio_stats(new, old, mask).mean,
-        "kl/update": approx_kl(new, old, mask),
-        "clip/policy": clipped,
-    }
+    means = {"ratio/mean": ratio_stats(new, old, mask).mean, "kl/update": approx_kl(new, old, mask)}
+    if isinstance(algorithm.objective, ClippedObjective):
+        means["clip/policy"] = algorithm.objective.clip_fraction(new, rollout, target.advantages)
     return {name: mean * mask.sum() for name, mean in means.items()}
 
 

@@ -2,8 +2,9 @@
 
     python docs/_render.py
 
-`docs/environment.md` is made of docstrings as a whole, and so is the table between the two `settings` marks of
-`docs/ppo.md`. `tests/test_docs.py` fails while either differs from what this file would write.
+`docs/environment.md` is made of docstrings as a whole, and so are the table between the two `settings` marks of
+`docs/ppo.md` and that between the `recipes` marks of `docs/algorithms.md`. The tests fail while any of them differs
+from what this file would write.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import inspect
 import itertools
 import re
 import textwrap
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, fields
+from collections.abc import Iterable
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from agents.algorithms import RECIPES, Algorithm
 from agents.config import PPOConfig
 from textenv.env import TextEnv
 from textenv.kl import AdaptiveKL, FixedKL, KLController
@@ -30,6 +32,7 @@ from textenv.vector_env import TextVectorEnv
 DOCS = Path(__file__).resolve().parent
 NOTICE = "<!-- Made by docs/_render.py from docstrings; edit those. -->"
 SETTINGS = ("<!-- settings: made by docs/_render.py from PPOConfig -->", "<!-- end of settings -->")
+RECIPE_MARKS = ("<!-- recipes: made by docs/_render.py from agents.algorithms.RECIPES -->", "<!-- end of recipes -->")
 
 
 def environment_page() -> str:
@@ -76,8 +79,54 @@ def settings_block() -> str:
 
 def ppo_page(text: str) -> str:
     """`docs/ppo.md` with its table of settings made anew."""
-    start, end = (re.escape(mark) for mark in SETTINGS)
-    return re.sub(f"{start}.*?{end}", lambda _: settings_block(), text, flags=re.DOTALL)
+    return between(SETTINGS, settings_block(), text)
+
+
+def algorithms_page(text: str) -> str:
+    """`docs/algorithms.md` with its table of recipes made anew."""
+    heading = [
+        "name",
+        "estimator",
+        "objective",
+        "aggregation",
+        "critic",
+        "group",
+        "episodes · epochs · minibatches",
+        "rate",
+    ]
+    rows = [recipe_row(name, make()) for name, make in RECIPES.items()]
+    return between(RECIPE_MARKS, f"{RECIPE_MARKS[0]}\n\n{table(heading, rows)}\n\n{RECIPE_MARKS[1]}", text)
+
+
+def recipe_row(name: str, algorithm: Algorithm) -> list[str]:
+    """What a recipe is made of."""
+    loop = algorithm.defaults
+    parts = (algorithm.estimator, algorithm.objective, algorithm.aggregation)
+    return [
+        f"`{name}`",
+        *(f"`{short(part)}`" for part in parts),
+        "yes" if algorithm.critic is not None else "no",
+        str(algorithm.group_size),
+        f"{loop.batch_episodes} · {loop.epochs} · {loop.minibatches}",
+        f"{loop.learning_rate:g}",
+    ]
+
+
+def short(part: Any) -> str:
+    """A component as one would write it: without the settings that are its defaults."""
+    settings = []
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if value != field.default:
+            shown = short(value) if is_dataclass(value) else f"{value!r}"
+            settings.append(shown if field.default is MISSING else f"{field.name}={shown}")
+    return f"{type(part).__name__}({', '.join(settings)})"
+
+
+def between(marks: tuple[str, str], block: str, text: str) -> str:
+    """A page with what stands from one mark to the other made anew."""
+    start, end = (re.escape(mark) for mark in marks)
+    return re.sub(f"{start}.*?{end}", lambda _: block, text, flags=re.DOTALL)
 
 
 # ---------------------------------------------------------------------------------------------------- option pairs
@@ -235,7 +284,9 @@ def field_docs(cls: type) -> dict[str, str]:
 
 def field_table(cls: Any, heading: str) -> str:
     """Name, default and meaning of each field of a dataclass."""
-    docs: Mapping[str, str] = field_docs(cls)
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        docs |= field_docs(base) if is_dataclass(base) else {}
     rows = []
     for field in fields(cls):
         default = "required" if field.default is MISSING else f"`{field.default!r}`"
@@ -263,10 +314,11 @@ def code_block(text: str) -> str:
 
 
 def main() -> None:
-    """Write both pages."""
+    """Write the pages."""
     (DOCS / "environment.md").write_text(environment_page(), encoding="utf8")
-    page = DOCS / "ppo.md"
-    page.write_text(ppo_page(page.read_text(encoding="utf8")), encoding="utf8")
+    for name, made in (("ppo", ppo_page), ("algorithms", algorithms_page)):
+        page = DOCS / f"{name}.md"
+        page.write_text(made(page.read_text(encoding="utf8")), encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a language model with PPO, and show what changed.
+"""Train a language model with PPO or another algorithm, and show what changed.
 
 Without flags it trains the embedded storyteller to write happier stories, evaluates it before and after on openings it
 was not trained on, and writes everything to `runs/ppo`: `metrics.jsonl`, TensorBoard events, `samples.md`,
@@ -6,6 +6,7 @@ was not trained on, and writes everything to `runs/ppo`: `metrics.jsonl`, Tensor
 
     python scripts/train_ppo.py
     python scripts/train_ppo.py --policy.model my-sft-model --env.reward my-reward-model --env.prompts prompts.txt
+    python scripts/train_ppo.py --algorithm grpo --group-size 8 --ppo.learning-rate 1e-4 --out runs/grpo
     python scripts/train_ppo.py --out runs/ppo --resume
 """
 
@@ -13,20 +14,36 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
 from rich.console import Console
 
 import textenv
-from agents import PPO, Evaluation, PPOConfig, ValueHeadLM
+from agents import Agent, Evaluation, PPOConfig, TrainConfig, ValueHeadLM
+from agents.algorithms import RECIPES, Algorithm, from_config
 from agents.policy_files import saved_critic_kind
 from agents.report import print_comparison, write_report
 from agents.tracking import MetricsFile, Progress, TensorBoard, Trackers, read_metrics
 from scripts.options import EnvFlags, device_of, heldout_prompts, make_env, run
+
+Name = Literal[
+    "ppo",
+    "vapo",
+    "a2c",
+    "reinforce",
+    "reinforce_baseline",
+    "reinforce++",
+    "remax",
+    "rloo",
+    "grpo",
+    "dr_grpo",
+    "gspo",
+]
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class PolicyFlags:
     critic: str | None = None
     """`shared` (a value head on the policy's trunk), `separate`, or the folder of a reward model to start from.
 
-    If absent, what a saved policy has, else `separate`."""
+    If absent, what a saved policy has, else `separate`, or `shared` for an algorithm without a critic."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains all weights. With adapters the base model is also the reference."""
     gradient_checkpointing: bool = False
@@ -47,11 +64,16 @@ class PolicyFlags:
 
 @dataclass(frozen=True)
 class Flags:
-    """Train a language model with PPO."""
+    """Train a language model with PPO or another algorithm."""
 
+    algorithm: Name = "ppo"
+    """A recipe of `agents.algorithms`; the page Algorithms of the documentation has each."""
+    group_size: int | None = None
+    """Responses to each prompt of a rollout; the recipe's if absent."""
     policy: PolicyFlags = field(default_factory=PolicyFlags)
     env: EnvFlags = field(default_factory=EnvFlags)
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(entropy_coef=0.05))
+    """Settings of the loop, which start from those that suit the algorithm, and of PPO alone, which others refuse."""
     iterations: int = 120
     """Updates to do in all."""
     save_every: int = 10
@@ -75,9 +97,10 @@ def main(flags: Flags) -> None:
     flags.out.mkdir(parents=True, exist_ok=True)
     model = flags.policy.model or flags.env.reference or "the embedded storyteller"
     parameters = sum(p.numel() for p in agent.policy.lm.parameters()) / 1e6
-    console.print(f"[bold]PPO[/] on {model} ({parameters:.1f}M parameters, {agent.task.device}) → {flags.out}")
-    if flags.resume and agent.config != flags.ppo:
-        console.print("[yellow]The checkpoint's PPO settings are kept; those of the flags differ and are ignored.[/]")
+    name = agent.algorithm.name.upper()
+    console.print(f"[bold]{name}[/] on {model} ({parameters:.1f}M parameters, {agent.task.device}) → {flags.out}")
+    if flags.resume and (agent.algorithm, agent.config) != chosen(flags):
+        console.print("[yellow]The checkpoint's settings are kept; those of the flags differ and are ignored.[/]")
     if not flags.resume:
         shutil.rmtree(flags.out / "tensorboard", ignore_errors=True)  # or TensorBoard would mix the runs
     console.print(f"[dim]evaluating on {len(heldout)} held-out prompts ...[/]")
@@ -97,7 +120,9 @@ def main(flags: Flags) -> None:
                 agent.save(checkpoint)
 
         agent.learn(
-            max(0, flags.iterations - agent.updates), after_update, folder=flags.out if flags.ppo.eval_every else None
+            max(0, flags.iterations - agent.updates),
+            after_update,
+            folder=flags.out if agent.config.eval_every else None,
         )
     console.print(f"trained in {time.perf_counter() - start:.0f} s")
     agent.save(checkpoint)
@@ -110,13 +135,50 @@ def main(flags: Flags) -> None:
     console.print(f"[dim]talk to it[/] python scripts/chat.py --model {policy_folder}")
 
 
-def build(flags: Flags) -> tuple[PPO, list[Any]]:
+def parse(args: Sequence[str] | None = None) -> Flags:
+    """The flags, those of the loop beginning with what suits the algorithm."""
+    choice, _ = tyro.cli(Choice, args=args, return_unknown_args=True, add_help=False)
+    default = Flags()
+    if choice.algorithm != default.algorithm:
+        suited = PPOConfig(**asdict(RECIPES[choice.algorithm]().defaults))
+        default = Flags(algorithm=choice.algorithm, ppo=suited)
+    return tyro.cli(Flags, args=args, default=default, description=__doc__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the defaults of the others depend on."""
+
+    algorithm: Name = "ppo"
+    """As in `Flags`."""
+
+
+def chosen(flags: Flags) -> tuple[Algorithm, TrainConfig]:
+    """The algorithm, and the settings of its loop.
+
+    Raises:
+        ValueError: If a setting of PPO alone is given to another.
+    """
+    if flags.algorithm == "ppo" and flags.group_size is None:
+        return from_config(flags.ppo), flags.ppo
+    algorithm = from_config(flags.ppo) if flags.algorithm == "ppo" else RECIPES[flags.algorithm]()
+    loop = {f.name: getattr(flags.ppo, f.name) for f in fields(TrainConfig)}
+    for f in fields(PPOConfig):
+        value = getattr(flags.ppo, f.name)
+        if flags.algorithm != "ppo" and f.name not in loop and value != f.default:
+            raise ValueError(f"ppo.{f.name}: expected none, because {algorithm.name} has no such setting, got {value}")
+    group_size = algorithm.group_size if flags.group_size is None else flags.group_size
+    return replace(algorithm, group_size=group_size), TrainConfig(**loop)
+
+
+def build(flags: Flags) -> tuple[Agent, list[Any]]:
     """The agent, new or from its checkpoint, and the held-out prompts."""
+    algorithm, config = chosen(flags)
     heldout, checkpoint = heldout_prompts(flags.env), flags.out / "checkpoint"
     source = flags.policy.model or flags.env.reference or textenv.embedded.STORYTELLER
     policy = ValueHeadLM.from_pretrained(
         checkpoint if flags.resume else source,
-        critic=None if flags.resume else flags.policy.critic or saved_critic_kind(source) or "separate",
+        critic=None if flags.resume else _critic(flags, source, algorithm),
         device=device_of(flags.env.device),
         lora=None if flags.resume else _lora(flags.policy.lora_rank),
         gradient_checkpointing=flags.policy.gradient_checkpointing,
@@ -130,8 +192,12 @@ def build(flags: Flags) -> tuple[PPO, list[Any]]:
         # The model that training starts from is the reference, unless another is named.
         envs = make_env(flags.env, reference=flags.env.reference or flags.policy.model)
     if flags.resume:
-        return PPO.load(checkpoint, envs, eval_prompts=heldout, policy=policy), heldout
-    return PPO(policy, envs, flags.ppo, eval_prompts=heldout), heldout
+        return Agent.load(checkpoint, envs, eval_prompts=heldout, policy=policy), heldout
+    return Agent(policy, envs, algorithm, config, eval_prompts=heldout), heldout
+
+
+def _critic(flags: Flags, source: Any, algorithm: Algorithm) -> str:
+    return flags.policy.critic or saved_critic_kind(source) or ("shared" if algorithm.critic is None else "separate")
 
 
 def _lora(rank: int) -> Any:
@@ -142,7 +208,7 @@ def _lora(rank: int) -> Any:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _first_evaluation(path: Path, agent: PPO, heldout: list[Any], *, fresh: bool) -> Evaluation:
+def _first_evaluation(path: Path, agent: Agent, heldout: list[Any], *, fresh: bool) -> Evaluation:
     """The untrained policy's; a resumed run has it on disk."""
     if not fresh and path.exists():
         return Evaluation.load(path)
@@ -152,4 +218,4 @@ def _first_evaluation(path: Path, agent: PPO, heldout: list[Any], *, fresh: bool
 
 
 if __name__ == "__main__":
-    run(main, tyro.cli(Flags, description=__doc__))
+    run(main, parse())

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from agents import PPO, PPOConfig, Rollout, ValueHeadLM
+from agents import PPO, Agent, PPOConfig, Rollout, TrainConfig, ValueHeadLM
+from agents.algorithms import RECIPES, Algorithm, SequenceClipped
 from agents.critic import build_critic
 from tests.conftest import make_llama
 from textenv import Shared, TextVectorEnv
@@ -95,3 +97,25 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 def episodes(rollout: Rollout) -> list[tuple[int, int]]:
     """Row and length of each episode."""
     return list(enumerate(rollout.response_lengths.tolist()))
+
+
+def small_algorithm(name: str, **changes: Any) -> Algorithm:
+    """A recipe with small batches and groups, and a rate at which things move."""
+    algorithm = RECIPES[name]()
+    if isinstance(algorithm.objective, SequenceClipped):  # the recipe's trust region is that of long responses
+        algorithm = replace(algorithm, objective=replace(algorithm.objective, clip_eps=0.1, clip_eps_high=0.1))
+    epochs, minibatches = algorithm.defaults.epochs, min(2, algorithm.defaults.minibatches)
+    loop = {"batch_episodes": 8, "epochs": epochs, "minibatches": minibatches, "learning_rate": 1e-3}
+    settings: dict[str, Any] = {**loop, **changes}
+    return replace(algorithm, group_size=min(4, algorithm.group_size), defaults=TrainConfig(**settings))
+
+
+def make_algorithm_agent(
+    algorithm: Algorithm | str, *, lm: Any = None, critic: str | None = None, envs: Any = None, **options: Any
+) -> Agent:
+    """An agent of a tiny policy and environment with any algorithm, a recipe's name for a small one."""
+    algorithm = small_algorithm(algorithm) if isinstance(algorithm, str) else algorithm
+    lm = make_llama() if lm is None else lm
+    envs = make_env(copy.deepcopy(lm), **options) if envs is None else envs
+    critic = critic if critic is not None else "shared" if algorithm.critic is None else "separate"
+    return Agent(make_policy(lm, critic), envs, algorithm)

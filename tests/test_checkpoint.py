@@ -290,7 +290,7 @@ def edit(folder: Path, **changes: Any) -> None:
     [
         (lambda folder: (folder / "trainer.json").unlink(), "expected a checkpoint with trainer.json"),
         (lambda folder: (folder / "trainer.json").write_text("{"), "expected a checkpoint with trainer.json"),
-        (lambda folder: edit(folder, format=99), "expected a checkpoint of format 1, got 99"),
+        (lambda folder: edit(folder, format=99), "expected a checkpoint of format 2, got 99"),
         (lambda folder: (folder / "optimizer.safetensors").unlink(), "expected a readable optimizer.safetensors"),
         (
             lambda folder: (folder / "optimizer.safetensors").write_bytes(b"x" * 100),

@@ -68,7 +68,7 @@ def test_rollout_metrics_equal_plain_loops() -> None:
     rollout = agent.collect()
     logprobs, entropies, values = tables(agent.policy, rollout, 0.7)
     ref_logprobs, _, _ = tables(ValueHeadLM(reference), rollout, 0.7)
-    returns = ragged(targets(rollout, agent.config).returns, rollout)
+    returns = ragged(targets(rollout, agent.algorithm, agent.config).returns, rollout)
     metrics = agent.update(rollout)
     lengths = [length for _, length in episodes(rollout)]
     responses = [rollout.ids[row, int(rollout.prompt_lengths[row]) :][:n].tolist() for row, n in episodes(rollout)]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from agents import PPO, PPOConfig, Rollout, update
+from agents.algorithms import from_config
 from agents.update import targets
 from tests.agent_fixtures import (
     distance,
@@ -191,7 +192,8 @@ def test_clipped_scores_and_whitened_rewards_give_the_invariance_up(changes: dic
 def test_the_score_sits_on_the_last_token_and_nothing_is_worth_anything_after_it() -> None:
     agent = make_agent(critic="shared+", kl_coef=0.0)
     rollout = agent.collect()
-    target = targets(rollout, small_config(gae_lambda=0.0, whiten_advantages=False, gamma=0.9))
+    config = small_config(gae_lambda=0.0, whiten_advantages=False, gamma=0.9)
+    target = targets(rollout, from_config(config), config)
     for row, length in episodes(rollout):
         response = rollout.ids[row, int(rollout.prompt_lengths[row]) :][:length].tolist()
         assert rollout.rewards[row, :length].tolist() == pytest.approx(
@@ -210,7 +212,8 @@ def test_a_truncated_response_is_unscored_and_bootstraps_from_the_state_after_it
     agent = make_agent(critic=critic, length_end="truncate")
     agent.learn(1)  # so that the values are in some unit of their own
     rollout = agent.collect()
-    target = targets(rollout, small_config(gae_lambda=0.5, whiten_advantages=False, gamma=0.9))
+    config = small_config(gae_lambda=0.5, whiten_advantages=False, gamma=0.9)
+    target = targets(rollout, from_config(config), config)
     assert 0 < int(rollout.truncated.sum()) < len(rollout.ids), "both endings are needed"
     for row, length in episodes(rollout):
         total = int(rollout.prompt_lengths[row]) + length

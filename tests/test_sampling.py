@@ -15,6 +15,7 @@ from agents.sampling import Samples, TransformersSampler
 from agents.sampling.transformers_sampler import draw
 from tests.conftest import MAKERS, V, make_llama
 from textenv.models import Shared
+from textenv.row_cache import RowDecoder
 from textenv.types import FinishReason
 
 PROMPTS = [[1, 5, 9, 22], [1, 7], [1, 30, 31, 32, 33, 34], [1, 7]]
@@ -261,3 +262,65 @@ def test_a_real_model(material: Path) -> None:
     got = policy.evaluate(*_rows(prompts, samples.responses), temperature=1.0).logprobs
     for row, expected in zip(samples.logprobs, got, strict=True):
         assert torch.allclose(torch.tensor(row), expected[: len(row)], atol=1e-4)
+
+
+# Groups: a prompt that comes several times is read once.
+
+
+GROUPS = [p for p in ([1, 5, 9, 22], [1, 7], [1, 30, 31, 32, 33, 34]) for _ in range(4)]
+MIXED = [GROUPS[row] for row in (0, 4, 8, 0, 4, 8, 0, 0, 4, 8)]
+
+
+@pytest.mark.parametrize("prompts", [GROUPS, MIXED, [[1, 7]] * 8])
+def test_repeated_prompts_are_drawn_as_if_each_were_alone(tiny_lm: Any, prompts: list[list[int]]) -> None:
+    options: dict[str, Any] = {"stop_token_ids": [3, 4, 5, 6, 8], "temperature": 0.8}
+    together, alone = _sample(tiny_lm, prompts, **options), _sample(tiny_lm, prompts, max_batch=1, **options)
+    assert together.responses == alone.responses
+    for one, other in zip(together.logprobs, alone.logprobs, strict=True):
+        assert np.allclose(one, other, atol=1e-5)
+    assert len({str(response) for response in together.responses}) > len(prompts) // 2, "equal prompts differ"
+
+
+@pytest.mark.parametrize(("prompts", "reads"), [(GROUPS, 3), (MIXED, 3), (PROMPTS, 4)])
+def test_repeated_prompts_are_read_once(
+    tiny_llama: Any, monkeypatch: pytest.MonkeyPatch, prompts: list[list[int]], reads: int
+) -> None:
+    seen: list[int] = []
+    real = RowDecoder.prefill
+
+    def prefill(self: RowDecoder, rows: Any, ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        seen.append(len(ids))
+        return real(self, rows, ids, lengths)
+
+    monkeypatch.setattr(RowDecoder, "prefill", prefill)
+    _sample(tiny_llama, prompts)
+    assert seen == [reads]  # one prompt that comes twice among four is not worth a copy
+
+
+def test_groups_without_a_cache() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    size = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 16}
+    config = MistralConfig(
+        **size, num_attention_heads=2, num_key_value_heads=1, sliding_window=4, initializer_range=0.5
+    )
+    model = MistralForCausalLM(config).eval()
+    assert _sample(model, GROUPS).responses == _sample(model, GROUPS, max_batch=1).responses
+
+
+# Greedy.
+
+
+def test_greedy_takes_the_most_likely_token_and_tells_the_laws_log_prob(tiny_lm: Any) -> None:
+    samples = _sample(tiny_lm, GROUPS, greedy=True, temperature=0.7, stop_token_ids=[3, 4], max_new_tokens=6)
+    assert samples == _sample(
+        tiny_lm, GROUPS, greedy=True, temperature=0.7, stop_token_ids=[3, 4], max_new_tokens=6, seed=9
+    )
+    for prompt, response, logprobs in zip(GROUPS, samples.responses, samples.logprobs, strict=True):
+        text = list(prompt)
+        for token, logprob in zip(response, logprobs, strict=True):
+            with torch.no_grad():
+                law = torch.log_softmax(tiny_lm(torch.tensor([text])).logits[0, -1].double() / 0.7, -1)
+            assert token == int(law.argmax())
+            assert logprob == pytest.approx(float(law[token]), abs=1e-4)
+            text.append(token)

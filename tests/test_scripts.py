@@ -27,8 +27,8 @@ def run(script: str, *arguments: object) -> None:
     """What `python scripts/<script>.py ...` does."""
     from importlib import import_module
 
-    module = import_module(f"scripts.{script}")
-    module.main(tyro.cli(module.Flags, args=[str(argument) for argument in arguments]))
+    module, words = import_module(f"scripts.{script}"), [str(argument) for argument in arguments]
+    module.main(module.parse(words) if script == "train_ppo" else tyro.cli(module.Flags, args=words))
 
 
 @pytest.fixture(autouse=True)
@@ -94,6 +94,55 @@ def test_every_setting_of_ppo_is_a_flag_with_its_docstring(capsys: pytest.Captur
         flag = name.replace("_", "-")
         assert f"--ppo.{flag}" in shown or f"--ppo.no-{flag}" in shown, name
     assert "Share of the value loss" in shown
+
+
+def test_every_recipe_is_an_algorithm_of_the_command_line() -> None:
+    from typing import get_args
+
+    from agents.algorithms import RECIPES
+    from scripts.train_ppo import Name, chosen, parse
+
+    assert set(get_args(Name)) == set(RECIPES)
+    for name in RECIPES:
+        algorithm, config = chosen(parse(["--algorithm", name, "--ppo.seed", "3"]))
+        expected = RECIPES[name]()
+        assert algorithm.name == name
+        assert (algorithm.estimator, algorithm.objective) == (expected.estimator, expected.objective)
+        assert config.seed == 3
+        if name != "ppo":  # whose demo has an entropy bonus
+            for setting in ("epochs", "minibatches", "batch_episodes", "learning_rate", "entropy_coef"):
+                assert getattr(config, setting) == getattr(expected.defaults, setting), (name, setting)
+
+
+def test_another_algorithm_trains_and_resumes(tmp_path: Path, world: list[str]) -> None:
+    flags = [*world, *PPO_FLAGS, "--algorithm", "rloo", "--group-size", "2", "--ppo.schedule-updates", "3"]
+    for name, iterations in (("whole", [2]), ("parts", [1, 2])):
+        for number, until in enumerate(iterations):
+            run("train_ppo", *flags, "--iterations", until, "--out", tmp_path / name, *(["--resume"] if number else []))
+    whole, parts = (
+        json.loads((tmp_path / name / "checkpoint" / "trainer.json").read_text()) for name in ("whole", "parts")
+    )
+    assert whole == parts
+    assert whole["algorithm"]["settings"]["name"] == "rloo"
+    assert whole["algorithm"]["settings"]["group_size"] == 2
+    assert not (tmp_path / "whole" / "checkpoint" / "critic").exists()
+    from safetensors.torch import load_file
+
+    models = [load_file(tmp_path / name / "policy" / "model.safetensors") for name in ("whole", "parts")]
+    assert identical(*models)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--ppo.clip-eps", "0.1"], "ppo.clip_eps: expected none, because rloo has no such setting, got 0.1"),
+        (["--group-size", "3"], "batch_episodes: expected a multiple of group_size=3, got 4"),
+        (["--group-size", "1"], "group_size: expected at least 2"),
+    ],
+)
+def test_settings_that_would_not_act_are_refused(world: list[str], words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run("train_ppo", *world, *PPO_FLAGS, "--algorithm", "rloo", *words)
 
 
 def test_a_script_runs_as_a_file() -> None:

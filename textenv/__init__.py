@@ -6,7 +6,7 @@
 
 from gymnasium.envs.registration import register, registry
 
-from textenv import embedded, kl
+from textenv import constraints, embedded, kl, wrappers
 from textenv.checker import check_vector_env
 from textenv.env import TextEnv
 from textenv.models import Shared
@@ -24,9 +24,11 @@ __all__ = [
     "TextEnv",
     "TextVectorEnv",
     "check_vector_env",
+    "constraints",
     "embedded",
     "kl",
     "read_prompts",
+    "wrappers",
 ]
 
 if "RLHF-Text-v0" not in registry:

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 import textenv.dynamics as dynamics
+from textenv.candidates import TopK
+from textenv.constraints.rows import AllowedRows
 from textenv.dynamics import TokenState
 from textenv.payments import Answers, Payments
-from textenv.reference import ReferenceStepper
+from textenv.row_reference import RowReference
+from textenv.starting import choose_prompts
 from textenv.task import Task
 from textenv.types import FinishReason
 
@@ -34,7 +37,9 @@ class TextCore:
         self.started = np.zeros(rows, dtype=bool)
         self.prompt_index = np.full(rows, -1, dtype=np.int64)
         self.payments = Payments(task, rows)
-        self._stepper: ReferenceStepper | None = None
+        self.reference = RowReference(task, rows)
+        self.allowed = AllowedRows(task.constraint, rows)
+        self.mask_in_obs = False
 
     # ------------------------------------------------------------------------------------------------- starting
 
@@ -47,25 +52,24 @@ class TextCore:
             options: `prompt_index` (an int, or one for each of the N rows) or `prompt` (text or ids, or a list of N).
 
         Raises:
-            ValueError: For an unknown option or an impossible prompt.
+            ValueError: For an unknown option or an impossible prompt, or if the constraint allows nothing there.
         """
-        indices, prompts = _choose(self.task, rows, rngs, options or {})
+        indices, prompts = choose_prompts(self.task, rows, rngs, options or {})
         device = self.task.device
+        where = torch.as_tensor(rows, device=device)
+        moved = self.allowed.begin(where, prompts)
         width = max(map(len, prompts))
         padded = np.full((len(rows), self.task.columns), self.task.pad_token_id, dtype=np.int64)
         for row, prompt in enumerate(prompts):
             padded[row, : len(prompt)] = prompt
-        where = torch.as_tensor(rows, device=device)
         ids = torch.as_tensor(padded, device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self.state = dynamics.begin(self.state, where, ids, lengths)
         self.prompt_index[rows] = indices
         self.started[rows] = True
         self.payments.begin(where)
-        if self._stepper is None and self.task.reference is not None and self.task.options.kl_credit == "token":
-            self._stepper = ReferenceStepper(self.task.reference, self.rows, self.task.columns)
-        if self._stepper is not None:
-            self._stepper.begin(where, ids[:, :width], lengths)
+        self.reference.begin(where, ids[:, :width], lengths, moved.allowed)
+        self.allowed.commit(moved)
 
     # ------------------------------------------------------------------------------------------------- acting
 
@@ -78,11 +82,66 @@ class TextCore:
         """Ask this live policy for log π from now on.
 
         Raises:
-            ValueError: If it would begin in the middle of a response, whose earlier tokens nobody asked it about.
+            ValueError: If it would begin in the middle of a response, whose earlier tokens nobody asked it about; if
+                candidates are offered.
         """
+        if self.reference.top_k is not None:
+            raise ValueError("attach: expected no TopKActions, whose learner does not choose by this law, got one")
         if self.task.kl_source != "policy" and (self.running & (self.state.response_lengths > 0).cpu().numpy()).any():
             raise ValueError("attach: expected no response under way, got one; attach before or right after reset()")
         self.task.attach(policy)
+
+    def offer(self, k: int, always: Sequence[int]) -> None:
+        """Show the k most probable tokens of the reference in observations; every row must then be reset.
+
+        Raises:
+            ValueError: Without a reference, if the environment asks a policy, or if candidates are offered already.
+        """
+        if self.reference.top_k is not None:
+            raise ValueError(f"k: expected one TopKActions, got a second, with k={k}")
+        if self.task.reference is None:
+            raise ValueError("kl_coef: expected > 0 or a controller, for the reference gives the candidates, got 0")
+        if self.task.kl_source == "policy":
+            raise ValueError(
+                "kl_source: expected 'agent' or 'reference', because the learner's law is over k tokens and the "
+                "environment would ask for one over all, got 'policy'"
+            )
+        self.reference.offer(TopK.of(k, always, self.task.vocab_size))
+        self.started[:] = False
+
+    def constrain(self, constraint: Any) -> None:
+        """Allow only what this allows; every row must then be reset.
+
+        Raises:
+            ValueError: If it is no constraint, does not fit, or there is one already.
+        """
+        self.task.constrain(constraint)
+        self.allowed = AllowedRows(self.task.constraint, self.rows)
+        self.started[:] = False
+
+    def show_mask(self) -> None:
+        """Put `action_mask` into observations.
+
+        Raises:
+            ValueError: Without a constraint.
+        """
+        if self.task.constraint is None:
+            raise ValueError("constraint: expected one, whose mask the observation would show, got None")
+        self.mask_in_obs = True
+
+    def chosen(self, indices: Any) -> Tensor:
+        """`[N]`: the tokens of indices into the candidates; of rows that do not act, token 0.
+
+        Raises:
+            gymnasium.error.InvalidAction: If shape, type or a value is not that of `Discrete(k)`.
+        """
+        offered, running = self.reference.offered, torch.as_tensor(self.running, device=self.task.device)
+        if offered is None:
+            return torch.zeros(self.rows, dtype=torch.int64, device=self.task.device)
+        k = offered.ids.shape[1]
+        expected = f"actions: expected {self.rows} indices in [0, {k}), one a row"
+        where = _integers(indices, self.rows, expected, running, k)
+        return torch.where(running, offered.ids.gather(1, where[:, None])[:, 0], 0)
 
     def check_actions(self, actions: Any) -> Tensor:
         """One action a row, as a tensor on the device.
@@ -90,15 +149,8 @@ class TextCore:
         Raises:
             gymnasium.error.InvalidAction: If the shape, the type or a value is not that of `Discrete(V)`.
         """
-        array = actions if isinstance(actions, Tensor) else np.asarray(actions)
-        integers = array.dtype in _INTEGERS if isinstance(array, Tensor) else np.issubdtype(array.dtype, np.integer)
         expected = f"actions: expected {self.rows} integers in [0, {self.task.vocab_size}), one a row"
-        if not integers or array.shape != (self.rows,):
-            raise gym.error.InvalidAction(f"{expected}, got shape {tuple(array.shape)} of {array.dtype}")
-        tensor = torch.as_tensor(array, dtype=torch.int64, device=self.task.device)
-        if ((tensor < 0) | (tensor >= self.task.vocab_size)).any():
-            raise gym.error.InvalidAction(f"{expected}, got {tensor.tolist()}")
-        return tensor
+        return _integers(actions, self.rows, expected, None, self.task.vocab_size).to(self.task.device)
 
     @torch.no_grad()
     def step(self, actions: Tensor, rows: np.ndarray) -> None:
@@ -110,11 +162,16 @@ class TextCore:
         Args:
             actions: `[N]`, checked; those of other rows are ignored.
             rows: `[r]` int64, ascending.
+
+        Raises:
+            gymnasium.error.InvalidAction: If the constraint does not allow an action.
+            ValueError: If it allows nothing in the state that comes.
         """
         if not len(rows):
             return
         where = torch.as_tensor(rows, device=self.task.device)
         acting, steps = actions[where], self.state.response_lengths[where]
+        self.allowed.check(acting, where)
         after = dynamics.append(
             self.state,
             acting,
@@ -124,14 +181,17 @@ class TextCore:
         )
         reasons = after.finish_reasons[where]
         state = self.state
+        now = self.allowed.now(where)
+        moved = self.allowed.after(where, acting, after, length_end=self.task.options.length_end)
         logprobs = None
         if self.knows_kl:
-            logprobs = self.task.policy_logprobs(state.ids[where], state.lengths[where], acting)
+            logprobs = self.task.policy_logprobs(state.ids[where], state.lengths[where], acting, now)
         earned, score = self._score(after, where, reasons)
         # The reference comes last: its cache moves.
-        answers = Answers(earned, score, logprobs, self._ask_reference(after, acting, where, reasons))
+        spoken = self.reference.speak(state, after, acting, where, (now, moved.allowed))
         self.state = after
-        self.payments.pay(where, steps, reasons, answers)
+        self.allowed.commit(moved)
+        self.payments.pay(where, steps, reasons, Answers(earned, score, logprobs, spoken))
 
     @property
     def knows_kl(self) -> bool:
@@ -144,45 +204,48 @@ class TextCore:
         terminated, _ = dynamics.endings(reasons, length_end=self.task.options.length_end)
         score = torch.zeros(len(rows), device=device)
         if reward.per_token:
-            values = reward.token_values(*_texts(after, rows))
+            values = reward.token_values(*after.id_lists(rows))
             earned = torch.tensor([float(value[-1]) for value in values], device=device)
             return earned, torch.where(terminated, self.payments.earned_before(rows) + earned, score)
         due = rows[terminated]
         if len(due):
-            score[terminated] = torch.as_tensor(reward.scores(*_texts(after, due)), device=device)
+            score[terminated] = torch.as_tensor(reward.scores(*after.id_lists(due)), device=device)
         return score, score
-
-    def _ask_reference(self, after: TokenState, actions: Tensor, rows: Tensor, reasons: Tensor) -> Tensor | None:
-        """`[r, 1]`: log π_ref of this token; `kl_credit="sequence"`: `[r, T]`, of the responses that end now."""
-        if self.task.reference is None:
-            return None
-        if self._stepper is not None:
-            last = self.state.ids[rows, self.state.lengths[rows] - 1]
-            return self._stepper.step(last, actions, None if len(rows) == self.rows else rows)[:, None]
-        ended = reasons != FinishReason.NONE
-        due = rows[ended]
-        if not len(due):
-            return None
-        spoken = self.task.reference.logprobs(after.ids[due], after.prompt_lengths[due], after.response_lengths[due])
-        answers = spoken.new_zeros(len(rows), spoken.shape[1])
-        answers[ended] = spoken
-        return answers
 
     # ------------------------------------------------------------------------------------------------- telling
 
     def texts(self, rows: Tensor) -> tuple[list[list[int]], list[list[int]]]:
         """Prompts and responses so far, as id lists."""
-        return _texts(self.state, rows)
+        return self.state.id_lists(rows)
 
     def observation(self) -> dict[str, Tensor]:
         """Fresh tensors of every row: `input_ids [N, L]`, `attention_mask [N, L]`, `prompt_length [N, 1]`."""
         state = self.state
         mask = torch.arange(self.task.columns, device=self.task.device) < state.lengths[:, None]
-        return {
+        observation = {
             "input_ids": state.ids.clone(),
             "attention_mask": mask.to(torch.int8),
             "prompt_length": state.prompt_lengths[:, None].clone(),
         }
+        if self.reference.offered is not None:
+            observation["candidates"] = self.reference.offered.ids.clone()
+            observation["candidate_logprobs"] = self.reference.offered.logprobs.clone()
+        if self.mask_in_obs:
+            observation["action_mask"] = self.action_mask().to(torch.int8)
+        return observation
+
+    @property
+    def action_count(self) -> int:
+        """A: V, or k where candidates are offered."""
+        return self.task.vocab_size if self.reference.top_k is None else self.reference.top_k.k
+
+    def action_mask(self) -> Tensor:
+        """`[N, A]` bool, fresh: which actions may be chosen now."""
+        if self.reference.offered is not None:
+            return self.reference.offered.distinct.clone()
+        if self.allowed.table is not None and self.reference.top_k is None:
+            return self.allowed.table.clone()
+        return torch.ones(self.rows, self.action_count, dtype=torch.bool, device=self.task.device)
 
     @property
     def rewards(self) -> Tensor:
@@ -202,6 +265,8 @@ class TextCore:
         info["finish_reason"] = state.finish_reasons.clone()
         info["response_length"] = state.response_lengths
         info["prompt_index"] = torch.tensor(self.prompt_index, device=self.task.device)
+        if self.task.constraint is not None:
+            info["action_mask"] = self.action_mask().to(torch.int8)
         if sequence:
             info["ref_logprobs"] = self.payments.history["ref_logprob"].clone()
         return info
@@ -215,49 +280,15 @@ class TextCore:
         return {"prompt_text": prompts, "response_text": responses}
 
 
-def _texts(state: TokenState, rows: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-    ids = state.ids[rows].tolist()
-    cuts = zip(state.prompt_lengths[rows].tolist(), state.lengths[rows].tolist(), strict=True)
-    pairs = [(row[:start], row[start:end]) for row, (start, end) in zip(ids, cuts, strict=True)]
-    return [prompt for prompt, _ in pairs], [response for _, response in pairs]
-
-
-def _choose(
-    task: Task, rows: np.ndarray, rngs: Sequence[np.random.Generator], options: Mapping[str, Any]
-) -> tuple[list[int], list[list[int]]]:
-    """A prompt for each row that begins, and its index in the task's prompts (−1: it is none of them)."""
-    unknown = set(options) - {"prompt_index", "prompt"}
-    if unknown or len(options) > 1:
-        raise ValueError(f"options: expected 'prompt_index' or 'prompt', got {sorted(map(str, options))}")
-    if "prompt" in options:
-        return [-1] * len(rows), task.tokenize(_per_row_prompts(options["prompt"], rows, len(rngs)))
-    count = len(task.prompts)
-    if "prompt_index" in options:
-        indices = _per_row_indices(options["prompt_index"], rows, len(rngs), count)
-    else:
-        indices = [int(rngs[row].integers(count)) for row in rows]
-    return indices, [task.prompts[index] for index in indices]
-
-
-def _per_row_prompts(prompt: Any, rows: np.ndarray, count: int) -> list[Any]:
-    """One prompt for all, or one for each of the N rows."""
-    if not isinstance(prompt, str | Sequence | np.ndarray):
-        raise ValueError(f"options['prompt']: expected text, ids, or a list of {count} of them, got {prompt!r}")
-    if isinstance(prompt, str) or len(prompt) == 0 or isinstance(prompt[0], int | np.integer):
-        return [prompt] * len(rows)
-    if len(prompt) != count:
-        raise ValueError(f"options['prompt']: expected one prompt or a list of {count}, got {len(prompt)}")
-    return [prompt[row] for row in rows]
-
-
-def _per_row_indices(index: Any, rows: np.ndarray, count: int, prompts: int) -> list[int]:
-    try:
-        array = np.asarray(index)
-    except ValueError:  # ragged
-        array = np.empty(0)
-    if not np.issubdtype(array.dtype, np.integer) or array.shape not in ((), (count,)):
-        raise ValueError(f"options['prompt_index']: expected an integer or {count} of them, got {index!r}")
-    chosen = np.broadcast_to(array, (count,))[rows]
-    if (chosen < 0).any() or (chosen >= prompts).any():
-        raise ValueError(f"options['prompt_index']: expected indices in [0, {prompts}), got {index!r}")
-    return chosen.tolist()
+def _integers(given: Any, rows: int, expected: str, counted: Tensor | None, limit: int) -> Tensor:
+    """`[N]` int64 in [0, limit); those of rows that do not count are set to 0."""
+    array = given if isinstance(given, Tensor) else np.asarray(given)
+    integers = array.dtype in _INTEGERS if isinstance(array, Tensor) else np.issubdtype(array.dtype, np.integer)
+    if not integers or array.shape != (rows,):
+        raise gym.error.InvalidAction(f"{expected}, got shape {tuple(array.shape)} of {array.dtype}")
+    tensor = torch.as_tensor(array, dtype=torch.int64)
+    if counted is not None:
+        tensor = torch.where(counted, tensor.to(counted.device), 0)
+    if ((tensor < 0) | (tensor >= limit)).any():
+        raise gym.error.InvalidAction(f"{expected}, got {tensor.tolist()}")
+    return tensor

@@ -30,6 +30,13 @@ class TokenState(NamedTuple):
         """`[N]` int64: tokens chosen so far."""
         return self.lengths - self.prompt_lengths
 
+    def id_lists(self, rows: Tensor) -> tuple[list[list[int]], list[list[int]]]:
+        """Prompts and responses of some rows, `[r]`."""
+        ids = self.ids[rows].tolist()
+        cuts = zip(self.prompt_lengths[rows].tolist(), self.lengths[rows].tolist(), strict=True)
+        pairs = [(row[:start], row[start:end]) for row, (start, end) in zip(ids, cuts, strict=True)]
+        return [prompt for prompt, _ in pairs], [response for _, response in pairs]
+
 
 def empty(rows: int, columns: int, *, device: torch.device, pad_token_id: int) -> TokenState:
     """N rows without a prompt."""

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from textenv.candidates import LOWEST
 from textenv.core import TextCore
 from textenv.options import EnvOptions
 from textenv.rendering import render_row
@@ -15,16 +16,21 @@ from textenv.task import Task
 from textenv.tasked import Tasked
 
 
-def observation_space(task: Task) -> spaces.Dict:
+def observation_space(core: TextCore) -> spaces.Dict:
     """The observation of one row: fixed shapes, right-padded, prompt first."""
-    columns = task.columns
-    return spaces.Dict(
-        {
-            "input_ids": spaces.Box(0, task.vocab_size - 1, (columns,), np.int64),
-            "attention_mask": spaces.Box(0, 1, (columns,), np.int8),
-            "prompt_length": spaces.Box(0, columns, (1,), np.int64),
-        }
-    )
+    columns, top = core.task.columns, core.task.vocab_size - 1
+    parts: dict[str, spaces.Space] = {
+        "input_ids": spaces.Box(0, top, (columns,), np.int64),
+        "attention_mask": spaces.Box(0, 1, (columns,), np.int8),
+        "prompt_length": spaces.Box(0, columns, (1,), np.int64),
+    }
+    if core.reference.top_k is not None:
+        k = core.reference.top_k.k
+        parts["candidates"] = spaces.Box(0, top, (k,), np.int64)
+        parts["candidate_logprobs"] = spaces.Box(LOWEST, 0.0, (k,), np.float32)
+    if core.mask_in_obs:
+        parts["action_mask"] = spaces.Box(0, 1, (core.action_count,), np.int8)
+    return spaces.Dict(parts)
 
 
 def _one_action(action: Any) -> np.ndarray:
@@ -120,7 +126,7 @@ class TextEnv(Tasked, gym.Env[dict[str, np.ndarray], int]):
             raise ValueError(f"render_mode: expected None, 'ansi' or 'human', got {render_mode!r}")
         self.render_mode = render_mode
         self._core = TextCore(Task(EnvOptions.of(options)), rows=1)
-        self.observation_space: Any = observation_space(self.task)
+        self._describe()
         self.action_space: Any = spaces.Discrete(self.task.vocab_size)
 
     def reset(
@@ -157,9 +163,16 @@ class TextEnv(Tasked, gym.Env[dict[str, np.ndarray], int]):
             return None
         return render_row(self.core, 0)
 
+    def action_masks(self) -> np.ndarray:
+        """`[V]` bool: which tokens may be chosen now; what `MaskablePPO` of sb3-contrib asks."""
+        return self.core.action_mask()[0].cpu().numpy()
+
     def close(self) -> None:
         """Free the models."""
         self._core = None
+
+    def _describe(self) -> None:
+        self.observation_space: Any = observation_space(self.core)
 
     def _show(self) -> None:
         if self.render_mode == "human":

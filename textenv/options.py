@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from textenv.constraints.base import as_constraint
 from textenv.kl import KLController, KLCredit, KLSource, as_controller
 from textenv.models import Shared
 
@@ -55,6 +56,9 @@ class EnvOptions:
     """Who knows log π: `agent`, `policy` or `reference`. None: `policy` if `policy` is given, else `agent`."""
     kl_credit: KLCredit = "token"
     """Pay the KL at each `token`, or its sum with the score at the end of the `sequence`."""
+    constraint: Any = None
+    """Which tokens may be chosen in a state: an object of `textenv.constraints`, a function `(response ids) -> mask or
+    ids`, or a list of these, all of which must allow a token. π and π_ref are both renormalised. None: all may."""
     length_end: LengthEnd = "terminate"
     """A response that reaches `max_new_tokens` is scored and terminated, or cut, unscored and truncated."""
     missing_eos_penalty: float = 0.0
@@ -101,7 +105,8 @@ class EnvOptions:
         if not (_is_number(self.missing_eos_penalty) and 0 <= self.missing_eos_penalty < float("inf")):
             raise ValueError(f"missing_eos_penalty: expected a finite number >= 0, got {self.missing_eos_penalty!r}")
         as_controller(self.kl_coef)
-        for name in ("reference", "reward", "policy"):
+        as_constraint(self.constraint)
+        for name in ("reference", "reward", "policy", "constraint"):
             _check_live(name, getattr(self, name))
         if self.policy is not None and not callable(self.policy):
             raise ValueError(f"policy: expected a callable (input_ids, attention_mask) -> logits, got {self.policy!r}")

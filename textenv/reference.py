@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from textenv.logprobs import selected_logprobs
+from textenv.constraints.base import Allowed
+from textenv.logprobs import MAX_CHUNK_ELEMENTS, Head, selected_logprobs
 from textenv.models import Shared, hidden_states, output_head
 from textenv.row_cache import row_decoder
 
@@ -21,13 +22,16 @@ class Reference:
         self.model, self.temperature = model, temperature
 
     @torch.no_grad()
-    def logprobs(self, ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> Tensor:
+    def logprobs(
+        self, ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, allowed: Allowed | None = None
+    ) -> Tensor:
         """Score whole responses, log π_ref of each token, in batches of similar lengths.
 
         Args:
             ids: `[B, L]`, prompt then response, right-padded.
             prompt_lengths: `[B]`.
             response_lengths: `[B]`.
+            allowed: The sets that the law is renormalised over; None: all tokens.
 
         Returns:
             `[B, T]`, T = max(response_lengths); 0 past a response's end.
@@ -39,20 +43,73 @@ class Reference:
             width = int(lengths[order[-1]])
             rows = order[-max(1, BATCH_TOKENS // width) :]
             order = order[: -len(rows)]
-            part = self._forward(ids[rows, :width], prompt_lengths[rows], response_lengths[rows])
+            within = None if allowed is None else _of_rows(allowed, rows)
+            part = self._forward(ids[rows, :width], prompt_lengths[rows], response_lengths[rows], within)
             result[rows, : part.shape[1]] = part
         return result
 
-    def _forward(self, ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> Tensor:
+    def _forward(
+        self, ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, allowed: Allowed | None
+    ) -> Tensor:
         steps = torch.arange(int(response_lengths.max()), device=ids.device)
         mask = steps < response_lengths[:, None]
         positions = (prompt_lengths[:, None] + steps).clamp(max=ids.shape[1] - 1)
         hidden = hidden_states(self.model, ids)
         hidden = hidden.gather(1, (positions - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
+        targets, head = ids.gather(1, positions), output_head(self.model)
         with self.model.scope():
-            return selected_logprobs(
-                hidden, output_head(self.model), ids.gather(1, positions), temperature=self.temperature, mask=mask
-            )
+            if allowed is None:
+                return selected_logprobs(hidden, head, targets, temperature=self.temperature, mask=mask)
+            return allowed_logprobs(hidden, head, targets, allowed, temperature=self.temperature, mask=mask)
+
+
+def only_allowed(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """Logits `[n, V]` with −inf where `allowed`, `[n, V]` bool, is false; as they are without it.
+
+    >>> only_allowed(torch.tensor([[1.0, 2.0]]), torch.tensor([[True, False]])).tolist()
+    [[1.0, -inf]]
+    """
+    return logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)
+
+
+def allowed_logprobs(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    allowed: Allowed,
+    *,
+    temperature: float,
+    mask: Tensor,
+    max_chunk_elements: int = MAX_CHUNK_ELEMENTS,
+) -> Tensor:
+    """Log-probs of targets under softmax over the allowed set of each position.
+
+    logprobs[b, t] = z[b, t, targets[b, t]] − log Σ_{v ∈ A(b, t)} exp z[b, t, v],  z = head(hidden)/temperature
+
+    Args:
+        hidden: `[B, T, H]`.
+        head: `[n, H]` to logits `[n, V]`.
+        targets: `[B, T]`, each in its set where `mask` is true.
+        allowed: The sets.
+        temperature: Divides the logits.
+        mask: `[B, T]` bool; where it is false the result is 0.
+        max_chunk_elements: Largest number of logits held at once.
+
+    Returns:
+        `[B, T]` float32.
+    """
+    rows, steps = mask.nonzero(as_tuple=True)
+    result = torch.zeros(mask.shape, device=hidden.device)
+    width = head(hidden[:1, 0]).shape[-1]
+    chunk = max(1, max_chunk_elements // width)
+    for r, t in zip(rows.split(chunk), steps.split(chunk), strict=True):
+        logits = only_allowed(head(hidden[r, t]).float() / temperature, allowed(r, t))
+        result[r, t] = logits.gather(1, targets[r, t][:, None])[:, 0] - logits.logsumexp(1)
+    return result
+
+
+def _of_rows(allowed: Allowed, rows: Tensor) -> Allowed:
+    return lambda some, steps: allowed(rows[some], steps)
 
 
 class ReferenceStepper:
@@ -77,18 +134,55 @@ class ReferenceStepper:
             self._decoder.prefill(rows, ids, lengths - 1)
 
     @torch.no_grad()
-    def step(self, last_tokens: Tensor, actions: Tensor, rows: Tensor | None) -> Tensor:
+    def step(self, last_tokens: Tensor, actions: Tensor, rows: Tensor | None, allowed: Tensor | None = None) -> Tensor:
         """Append the last token of s_t and tell log π_ref(a_t | s_t).
 
         Args:
             last_tokens: `[n]`, the last token of s_t.
             actions: `[n]`, a_t.
             rows: `[n]`, which rows act; None: all.
+            allowed: `[n, V]` bool, the sets that the law is renormalised over; None: all tokens.
 
         Returns:
             `[n]` float32.
         """
         with self._reference.model.scope():
             hidden = self._decoder.advance(last_tokens, rows)
-            logits = self._head(hidden).float() / self._reference.temperature
+            logits = only_allowed(self._head(hidden).float() / self._reference.temperature, allowed)
         return logits.gather(1, actions[:, None])[:, 0] - logits.logsumexp(1)
+
+
+class ReferenceLaws:
+    """The whole law π_ref(·|s_t) at the present state of N rows, on a key-value cache in step with the text.
+
+    One forward a step, as `ReferenceStepper`: the law of a state is computed when it is reached, and is both what
+    candidates are picked from and where the next token's log-prob is read.
+    """
+
+    def __init__(self, reference: Reference, rows: int, columns: int, vocab_size: int) -> None:
+        """Room for `rows` texts of up to `columns` tokens."""
+        self._reference = reference
+        self._decoder = row_decoder(reference.model.module, rows, columns)
+        self._head = output_head(reference.model.module)
+        device = next(reference.model.module.parameters()).device
+        self.logprobs = torch.zeros(rows, vocab_size, device=device)
+        """`[N, V]` float32: log π_ref of every token, −inf where it is not allowed."""
+
+    @torch.no_grad()
+    def begin(self, rows: Tensor, ids: Tensor, lengths: Tensor, allowed: Tensor | None) -> None:
+        """Start new texts in some rows, `[r]`: ids `[r, P]`, right-padded; lengths `[r]`; allowed `[r, V]` bool."""
+        with self._reference.model.scope():
+            self._tell(rows, self._decoder.prefill(rows, ids, lengths), allowed)
+
+    @torch.no_grad()
+    def step(self, actions: Tensor, rows: Tensor, allowed: Tensor | None) -> Tensor:
+        """Tell log π_ref(a_t | s_t) of some rows, `[r]`, and go on to s_{t+1}, which allows `[r, V]`."""
+        spoken = self.logprobs[rows, actions]
+        with self._reference.model.scope():
+            everyone = len(rows) == len(self.logprobs)
+            self._tell(rows, self._decoder.advance(actions, None if everyone else rows), allowed)
+        return spoken
+
+    def _tell(self, rows: Tensor, hidden: Tensor, allowed: Tensor | None) -> None:
+        logits = only_allowed(self._head(hidden).float() / self._reference.temperature, allowed)
+        self.logprobs[rows] = logits.log_softmax(1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import textenv.dynamics as dynamics
 import textenv.kl as kl
+from textenv.constraints.base import AllowedGrid
 from textenv.prompts import Prompt
 from textenv.task import Task
 from textenv.types import FinishReason, ReplayRecord
@@ -41,7 +42,8 @@ def replay(
 
     Raises:
         ValueError: Naming the row, if a response is empty, goes on after its first stop token, is too long, holds an
-            id outside the vocabulary, or ends before either end without being aborted.
+            id outside the vocabulary or outside what the constraint allows, or ends before either end without being
+            aborted.
     """
     if not len(prompts):
         raise ValueError("prompts: expected at least one, got none")
@@ -60,12 +62,13 @@ def replay(
     tokens = _pad(response_ids, 0, device)
     ids = _pad([p + r for p, r in zip(prompt_ids, response_ids, strict=True)], task.pad_token_id, device)
     reasons = _finish_reasons(task, tokens, mask, response_lengths, cut)
+    allowed = None if task.constraint is None else task.constraint.grid(prompt_ids, response_ids)
     given = None if logprobs is None else _given_logprobs(logprobs, response_lengths, device)
     ref = torch.zeros(mask.shape, device=device)
     if task.reference is not None:
-        ref = task.reference.logprobs(ids, prompt_lengths, response_lengths)
+        ref = task.reference.logprobs(ids, prompt_lengths, response_lengths, allowed)
         if task.kl_source == "policy" and given is None:
-            given = _ask_policy(task, ids, prompt_lengths, response_lengths)
+            given = _ask_policy(task, ids, prompt_lengths, response_lengths, allowed)
     terminated, truncated = dynamics.endings(reasons, length_end=task.options.length_end)
     paid, scores = _scores(task, prompt_ids, response_ids, mask, terminated)
     last = steps == (response_lengths - 1)[:, None]
@@ -148,13 +151,16 @@ def _given_logprobs(logprobs: Sequence[Sequence[float]] | Tensor, lengths: Tenso
     return torch.nn.utils.rnn.pad_sequence([row.to(device) for row in rows], batch_first=True)
 
 
-def _ask_policy(task: Task, ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor) -> Tensor:
+def _ask_policy(
+    task: Task, ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, allowed: AllowedGrid | None
+) -> Tensor:
     """The live policy speaks of one state at a time, so it is asked once per position, as in stepping."""
     result = torch.zeros(len(ids), int(response_lengths.max()), device=ids.device)
     for step in range(result.shape[1]):
         rows = (response_lengths > step).nonzero()[:, 0]
         lengths = prompt_lengths[rows] + step
-        result[rows, step] = task.policy_logprobs(ids[rows], lengths, ids[rows, lengths])
+        sets = None if allowed is None else allowed(rows, torch.full_like(rows, step))
+        result[rows, step] = task.policy_logprobs(ids[rows], lengths, ids[rows, lengths], sets)
     return result
 
 

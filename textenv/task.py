@@ -12,11 +12,12 @@ from torch import Tensor
 
 import textenv.embedded as embedded
 import textenv.models as models
+from textenv.constraints.base import BoundConstraint, Vocabulary, as_constraint
 from textenv.kl import FixedKL, KLSource, as_controller
 from textenv.models import Shared
 from textenv.options import EnvOptions
 from textenv.prompts import Prompt, read_prompts, tokenize_prompts
-from textenv.reference import Reference
+from textenv.reference import Reference, only_allowed
 from textenv.rewards.base import Reward, TextDecoder, as_reward
 from textenv.rewards.classifier import ClassifierReward
 
@@ -56,6 +57,10 @@ class Task:
         self.max_prompt_tokens = options.max_prompt_tokens or max(map(len, self.prompts))
         self.columns = self.max_prompt_tokens + options.max_new_tokens
         _check_context(self.max_prompt_tokens, options.max_new_tokens, models.context_length(config))
+        self.constraint: BoundConstraint | None = None
+        """What may be chosen in a state; None: every token."""
+        if options.constraint is not None:
+            self.constrain(options.constraint)
         self.reward = self._load_reward()
         self.reference = self._load_reference(source) if self.needs_reference else None
 
@@ -90,6 +95,16 @@ class Task:
             raise ValueError(f"policy: expected a callable (input_ids, attention_mask) -> logits, got {policy!r}")
         self.policy, self.kl_source = policy, "policy"
 
+    def constrain(self, constraint: Any) -> None:
+        """Allow only what this constraint allows: a constraint, a function of the response, or a list of these."""
+        if self.constraint is not None:
+            raise ValueError("constraint: expected none yet, got one; give them together, in a list")
+        given = as_constraint(constraint)
+        if given is None:
+            raise ValueError("constraint: expected a constraint, a function of the response, or a list, got None")
+        vocabulary = Vocabulary(self.vocab_size, self.stop_token_ids, self.options.max_new_tokens, self.tokenizer)
+        self.constraint = BoundConstraint(given, vocabulary, self.device)
+
     def tokenize(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of prompts given at run time, held to this task's limits."""
         if isinstance(prompts, str):
@@ -103,13 +118,14 @@ class Task:
         )
 
     @torch.no_grad()
-    def policy_logprobs(self, ids: Tensor, lengths: Tensor, actions: Tensor) -> Tensor:
+    def policy_logprobs(self, ids: Tensor, lengths: Tensor, actions: Tensor, allowed: Tensor | None = None) -> Tensor:
         """Ask the live policy for log π(a|s).
 
         Args:
             ids: `[n, L]`, the states.
             lengths: `[n]`.
             actions: `[n]`.
+            allowed: `[n, V]` bool, where the law is renormalised; None: everywhere.
 
         Returns:
             `[n]` float32.
@@ -122,7 +138,7 @@ class Task:
         if not isinstance(logits, Tensor) or tuple(logits.shape) != shape:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"policy: expected logits of shape {shape} (the reference's vocabulary), got {got}")
-        logits = logits.float() / self.options.temperature
+        logits = only_allowed(logits.float() / self.options.temperature, allowed)
         logprobs = logits.gather(1, actions[:, None])[:, 0] - logits.logsumexp(1)
         if not torch.isfinite(logprobs).all():
             raise ValueError(f"policy: expected finite log-probs of the chosen tokens, got {logprobs.tolist()}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import gymnasium as gym
 from torch import Tensor
@@ -39,6 +40,30 @@ class Tasked:
     def attach(self, policy: Callable[..., Tensor]) -> None:
         """Ask this live policy, `(input_ids, attention_mask) -> logits [B, V]`, for log π from now on."""
         self.core.attach(policy)
+
+    def offer(self, k: int, always: Sequence[int] = ()) -> None:
+        """Show the k most probable tokens of the reference in observations: what `textenv.wrappers.TopKActions` asks.
+
+        Every row must be reset before the next step.
+        """
+        self.core.offer(k, always)
+        self._describe()
+
+    def constrain(self, constraint: Any) -> None:
+        """Allow only what this constraint allows: what `textenv.wrappers.ActionMask` asks.
+
+        Every row must be reset before the next step.
+        """
+        self.core.constrain(constraint)
+
+    def show_action_mask(self) -> None:
+        """Put `action_mask` into observations too."""
+        self.core.show_mask()
+        self._describe()
+
+    def _describe(self) -> None:
+        """Say what observations look like now."""
+        raise NotImplementedError
 
     def replay(
         self,

@@ -80,9 +80,8 @@ class TextVectorEnv(Tasked, VectorEnv[dict[str, Any], Any, Any]):
         self.metadata = self.metadata | {"autoreset_mode": self.autoreset_mode}
         self.num_envs, self.obs_type, self.render_mode = num_envs, obs_type, render_mode
         self._core = TextCore(Task(EnvOptions.of(options)), rows=num_envs)
-        self.single_observation_space = observation_space(self.task)
         self.single_action_space = spaces.Discrete(self.task.vocab_size)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._describe()
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._rngs: list[np.random.Generator] = []
         self._rng_seeds: list[int] = []
@@ -160,11 +159,19 @@ class TextVectorEnv(Tasked, VectorEnv[dict[str, Any], Any, Any]):
             return None
         return tuple(render_row(self.core, row) for row in range(self.num_envs))
 
+    def action_masks(self) -> Any:
+        """`[N, V]` bool: which tokens each row may choose now."""
+        return self._out(self.core.action_mask())
+
     def close_extras(self, **kwargs: Any) -> None:
         """Free the models."""
         self._core = None
 
     # ------------------------------------------------------------------------------------------------- helpers
+
+    def _describe(self) -> None:
+        self.single_observation_space = observation_space(self.core)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
 
     def _row_seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
         if seed is None:

@@ -44,6 +44,7 @@ class Sampler(Protocol):
         stop_token_ids: Sequence[int],
         temperature: float,
         seed: int,
+        greedy: bool = False,
     ) -> Samples:
         """Draw one response per prompt from softmax(logits / temperature).
 
@@ -53,6 +54,7 @@ class Sampler(Protocol):
             stop_token_ids: A response ends with the first of these that is chosen; what prompts hold does not matter.
             temperature: Positive.
             seed: The same seed gives the same samples; no global random state is read or moved.
+            greedy: Take the most likely token at each place instead; the log-probs told are still those of the law.
         """
         ...
 

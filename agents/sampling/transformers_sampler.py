@@ -11,6 +11,7 @@ from torch import Tensor
 from agents.policy import ValueHeadLM
 from agents.sampling.base import Samples, check_request
 from textenv.models import backbone, context_length, logit_width, output_head, unwrap
+from textenv.recompute import Decoder
 from textenv.row_cache import row_decoder
 from textenv.types import FinishReason
 
@@ -47,6 +48,7 @@ class TransformersSampler:
         stop_token_ids: Sequence[int],
         temperature: float,
         seed: int,
+        greedy: bool = False,
     ) -> Samples:
         """Draw one response per prompt; see `agents.sampling.base.Sampler.sample`.
 
@@ -65,7 +67,7 @@ class TransformersSampler:
         uniforms = torch.rand(len(prompts), max_new_tokens, dtype=torch.float64, device=device, generator=generator)
         size = self._max_batch or max(1, len(prompts))
         parts = [
-            self._decode(prompts[first : first + size], uniforms[first : first + size], stops, temperature)
+            self._decode(prompts[first : first + size], uniforms[first : first + size], stops, temperature, greedy)
             for first in range(0, len(prompts), size)
         ]
         rows = [row for part in parts for row in part]
@@ -73,20 +75,18 @@ class TransformersSampler:
 
     @torch.inference_mode()
     def _decode(
-        self, prompts: Sequence[Sequence[int]], uniforms: Tensor, stops: Tensor, temperature: float
+        self, prompts: Sequence[Sequence[int]], uniforms: Tensor, stops: Tensor, temperature: float, greedy: bool
     ) -> list[tuple[list[int], list[float], FinishReason]]:
-        ids, lengths = _right_padded(prompts, stops.device)
         count, steps = uniforms.shape
-        decoder = row_decoder(self._model, count, ids.shape[1] + steps)
+        decoder, hidden = self._prefill(prompts, steps, stops.device)
         head = output_head(self._model)
         tokens = torch.zeros(steps, count, dtype=torch.long, device=stops.device)
         logprobs = torch.zeros(steps, count, device=stops.device)
         live = torch.arange(count, device=stops.device)  # which prompts the decoder's rows are
         ended = torch.zeros(count, dtype=torch.bool, device=stops.device)  # of the decoder's rows
         everyone = True
-        hidden = decoder.prefill(None, ids, lengths)
         for step in range(steps):
-            chosen, chosen_logprobs = draw(head(hidden), uniforms[:, step], temperature)
+            chosen, chosen_logprobs = draw(head(hidden), None if greedy else uniforms[:, step], temperature)
             if everyone:
                 tokens[step], logprobs[step] = chosen, chosen_logprobs
             else:
@@ -102,13 +102,31 @@ class TransformersSampler:
             hidden = decoder.advance(chosen)
         return _cut(tokens, logprobs, stops)
 
+    def _prefill(self, prompts: Sequence[Sequence[int]], steps: int, device: torch.device) -> tuple[Decoder, Tensor]:
+        """A decoder that has read the prompts, and the hidden state at each one's last token.
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        Prompts that come several times (groups) are read once and their cache is copied.
+        """
+        distinct = {tuple(prompt): None for prompt in prompts}
+        # Copying costs memory traffic: not for the odd prompt that comes twice.
+        repeated = 2 * len(distinct) <= len(prompts)
+        ids, lengths = _right_padded(list(distinct) if repeated else prompts, device)
+        decoder = row_decoder(self._model, len(ids), ids.shape[1] + steps)
+        hidden = decoder.prefill(None, ids, lengths)
+        if repeated:
+            places = {prompt: place for place, prompt in enumerate(distinct)}
+            copies = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
+            decoder.keep(copies)
+            hidden = hidden.index_select(0, copies)
+        return decoder, hidden
+
+
+def draw(logits: Tensor, uniforms: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
     """Draw one token per row by inverting the cumulative distribution, and its log-probability.
 
     Args:
         logits: `[B, V]` in any dtype.
-        uniforms: One float64 number in [0, 1) per row.
+        uniforms: One float64 number in [0, 1) per row; None takes the most likely token.
         temperature: Positive.
 
     Returns:
@@ -120,6 +138,9 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float) -> tuple[Tensor, 
         tensor([2, 0, 1])
     """
     probs = torch.softmax(logits.float() / temperature if temperature != 1.0 else logits.float(), dim=-1)
+    if uniforms is None:
+        chosen = probs.argmax(-1, keepdim=True)
+        return chosen.squeeze(1), probs.gather(1, chosen).log_().squeeze(1)
     # Sums in float64: in float32 the error over a large vocabulary exceeds small probabilities.
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     # right=True: the first token whose sum exceeds u, so a token of probability 0 is never drawn, not even at u = 0.

@@ -10,6 +10,7 @@ import gymnasium as gym
 import torch
 
 import textenv
+import textenv.models
 from agents import PPO, PPOConfig, ValueHeadLM
 from scripts.benching.timing import Competitor, Timing, measure, table
 from scripts.valence import model_folder

@@ -1,0 +1,73 @@
+"""Tianshou 2 on text: its Collector, buffers, trainers, loggers and algorithms, at the price of the native agent.
+
+    setup = make_algorithm("ppo", policy, envs)      # envs: gym.make_vec(..., autoreset_mode="Disabled")
+    history = train(setup)
+
+or the parts, for an algorithm of your own; see docs/tianshou.md.
+"""
+
+from agents.adapters.tianshou_collect import KLCharge, TextCollectStats, charge_of, make_collector
+from agents.adapters.tianshou_env import TextBatchEnv
+from agents.adapters.tianshou_episodes import (
+    ByEpisode,
+    EpisodeA2C,
+    EpisodeBatch,
+    EpisodeNPG,
+    EpisodePPO,
+    EpisodeReinforce,
+    EpisodeReplayBuffer,
+    EpisodeTRPO,
+)
+from agents.adapters.tianshou_optim import AdamFactory
+from agents.adapters.tianshou_policy import TextPolicy, TokenLaw
+from agents.adapters.tianshou_reader import StateReader, TextActor, TextCritic
+from agents.adapters.tianshou_recipes import (
+    ALGORITHMS,
+    DEFAULTS,
+    Setup,
+    TianshouConfig,
+    make_algorithm,
+    use_eager_attention,
+    uses_eager_attention,
+)
+from agents.adapters.tianshou_soft import SoftDQN, SoftQ, SoftQCritic, SoftQModel, SoftQPolicy, SoftSAC, SoftSACPolicy
+from agents.adapters.tianshou_training import train
+from agents.adapters.token_store import TokenStore
+
+__all__ = [
+    "ALGORITHMS",
+    "DEFAULTS",
+    "AdamFactory",
+    "ByEpisode",
+    "EpisodeA2C",
+    "EpisodeBatch",
+    "EpisodeNPG",
+    "EpisodePPO",
+    "EpisodeReinforce",
+    "EpisodeReplayBuffer",
+    "EpisodeTRPO",
+    "KLCharge",
+    "Setup",
+    "SoftDQN",
+    "SoftQ",
+    "SoftQCritic",
+    "SoftQModel",
+    "SoftQPolicy",
+    "SoftSAC",
+    "SoftSACPolicy",
+    "StateReader",
+    "TextActor",
+    "TextBatchEnv",
+    "TextCollectStats",
+    "TextCritic",
+    "TextPolicy",
+    "TianshouConfig",
+    "TokenLaw",
+    "TokenStore",
+    "charge_of",
+    "make_algorithm",
+    "make_collector",
+    "train",
+    "use_eager_attention",
+    "uses_eager_attention",
+]

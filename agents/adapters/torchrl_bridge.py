@@ -1,0 +1,351 @@
+"""TorchRL's `GymWrapper`, collector, `GAE` and `ClipPPOLoss` on a language model.
+
+    history = train(policy, envs, iterations=60)
+
+is what the other functions here, each usable alone, put together: `make_env`, `actor_critic`, `make_loss`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule
+from torch import Tensor, nn
+from torchrl.collectors import Collector
+from torchrl.data import Composite, Unbounded
+from torchrl.envs import EnvBase, GymWrapper, TransformedEnv
+from torchrl.envs.gym_like import default_info_dict_reader
+from torchrl.envs.transforms import Transform
+from torchrl.modules import ProbabilisticActor, ValueOperator
+from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.value import GAE
+
+import textenv.kl as kl
+from agents.policy import ValueHeadLM
+from agents.prefix import PrefixNetwork
+from agents.returns import discounted_returns
+from agents.value_scale import first_value_scale, update_value_scale
+from textenv.task import Task
+from textenv.vector_env import TextVectorEnv
+
+_SUMS = ("episode_logprob", "episode_kl")
+
+
+class KLCharge(Transform):
+    """Charges the KL in the reward, from the policy's `action_log_prob` and the environment's `ref_logprob`.
+
+    r_t ← r_t − β·(log π(a_t|s_t) − log π_ref(a_t|s_t)) under `kl_source="agent"`; with `kl_credit="sequence"` the sum
+    with the last token. Under `"policy"` the environment has charged it. The sums of log π and of the KL over the
+    episode so far are kept in `episode_logprob` and `episode_kl`, `[N, 1]`.
+    """
+
+    def __init__(self, task: Task) -> None:
+        """Charge for a task.
+
+        Args:
+            task: The environment's; its β is read at each step.
+
+        Raises:
+            ValueError: Under `kl_source="reference"`.
+        """
+        super().__init__(in_keys=["reward"], out_keys=["reward"])
+        if task.kl_source == "reference":
+            raise ValueError(
+                "kl_source: expected 'agent' or 'policy', got 'reference', which is for maximum-entropy algorithms; "
+                "under policy gradients it teaches short responses"
+            )
+        self.task = task
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        logprobs = tensordict.get("action_log_prob", None)
+        if logprobs is None:
+            raise ValueError("policy: expected one that writes 'action_log_prob', as actor_critic's does, got none")
+        reward = next_tensordict.get("reward")
+        owed = logprobs.double().reshape(reward.shape)
+        ref = next_tensordict.get("ref_logprob").double().reshape(reward.shape)
+        spoken = tensordict.get("episode_logprob") + owed
+        if self.task.reference is None:
+            owed = ref = torch.zeros_like(owed)
+        elif self.task.options.kl_credit == "sequence":  # the whole sum with the last token, and 0 before it
+            done = next_tensordict.get("done")
+            owed, ref = spoken * done, next_tensordict.get("ref_logprobs").double().sum(-1, keepdim=True) * done
+        everything = torch.ones_like(owed, dtype=torch.bool)
+        coefficient, source = self.task.kl_coef, self.task.kl_source
+        charged = kl.charge(reward.double(), owed, ref, everything, kl_coef=coefficient, kl_source=source)
+        next_tensordict.set("reward", charged.to(reward.dtype))
+        next_tensordict.set("episode_logprob", spoken)
+        next_tensordict.set("episode_kl", tensordict.get("episode_kl") + owed - ref)
+        return next_tensordict
+
+    def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
+        shape = (*tensordict_reset.batch_size, 1)
+        for key in _SUMS:
+            sums = torch.zeros(shape, dtype=torch.float64, device=tensordict_reset.device)
+            if tensordict is not None and "_reset" in tensordict and key in tensordict:
+                sums = torch.where(tensordict["_reset"].reshape(shape), sums, tensordict[key])
+            tensordict_reset.set(key, sums)
+        return tensordict_reset
+
+    def transform_observation_spec(self, observation_spec: Any) -> Any:
+        """With the two sums."""
+        shape = torch.Size([*observation_spec.shape, 1])
+        for key in _SUMS:
+            observation_spec[key] = Unbounded(shape, dtype=torch.float64, device=observation_spec.device)
+        return observation_spec
+
+
+class _Lent(VectorWrapper):
+    """An environment that its borrower cannot close: TorchRL's wrappers and collectors do when they are collected."""
+
+    def __init__(self, envs: VectorEnv, mode: AutoresetMode) -> None:
+        """Lend `envs`; TorchRL looks for the mode on the outermost wrapper."""
+        super().__init__(envs)
+        self.autoreset_mode = mode
+
+    def close(self, **kwargs: Any) -> None:
+        """Leave it open."""
+
+
+def make_env(envs: VectorEnv) -> EnvBase:
+    """TorchRL's `GymWrapper` around the batched environment, with infos, and the KL charged.
+
+    Closing it leaves `envs` open.
+
+    Args:
+        envs: `gym.make_vec("RLHF-Text-v0", num_envs=N, autoreset_mode="Disabled")`, wrapped or not. `SameStep` works
+            too, at a higher price.
+
+    Raises:
+        ValueError: If it is anything else, or of `kl_source="reference"`.
+    """
+    inner: Any = getattr(envs, "unwrapped", None)
+    if not isinstance(inner, TextVectorEnv):
+        raise ValueError(f"envs: expected gym.make_vec of 'RLHF-Text-v0', got {type(envs).__name__}")
+    if inner.obs_type != "numpy":
+        raise ValueError(f"envs: expected obs_type='numpy', got {inner.obs_type!r}")
+    if inner.autoreset_mode is AutoresetMode.NEXT_STEP:
+        raise ValueError("envs: expected autoreset DISABLED or SAME_STEP, got NEXT_STEP, which TorchRL refuses")
+    task, disabled = inner.task, inner.autoreset_mode is AutoresetMode.DISABLED
+    if task.options.length_end == "truncate" and not disabled:
+        # Of observations that are dictionaries, its wrapper loses the last one under SAME_STEP, and bootstraps from it.
+        raise ValueError("envs: expected autoreset DISABLED with length_end='truncate', got SAME_STEP")
+    if task.constraint is not None and not disabled:  # where its wrapper takes random steps to learn the infos
+        raise ValueError("envs: expected autoreset DISABLED with a constraint, got SAME_STEP")
+    charge = KLCharge(task)
+    env: Any = GymWrapper(_Lent(envs, inner.autoreset_mode), categorical_action_encoding=True, device=task.device)
+    if disabled:  # else the wrapper has made a reader by itself
+        env.set_info_dict_reader(_info_reader(inner))
+    return env.append_transform(charge) if isinstance(env, TransformedEnv) else TransformedEnv(env, charge)
+
+
+def _info_reader(envs: TextVectorEnv) -> default_info_dict_reader:
+    """Of what the transform and the metrics need, and of the mask of actions if there is a constraint."""
+    rows, task = envs.num_envs, envs.task
+    spec: dict[str, Any] = {key: Unbounded(torch.Size([rows])) for key in ("score", "ref_logprob")}
+    if task.options.kl_credit == "sequence":
+        spec["ref_logprobs"] = Unbounded(torch.Size([rows, task.options.max_new_tokens]))
+    if task.constraint is not None:
+        spec["action_mask"] = Unbounded(torch.Size([rows, task.vocab_size]), dtype=torch.int8)
+    spec["response_length"] = Unbounded(torch.Size([rows]), dtype=torch.int64)
+    return default_info_dict_reader(list(spec), spec=Composite(spec, shape=torch.Size([rows])).to(task.device))
+
+
+class _Reader(nn.Module):
+    """A `PrefixNetwork` on batches of any number of dimensions."""
+
+    def __init__(self, network: PrefixNetwork, read: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.network, self._read = network, read
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, action_mask: Tensor | None = None) -> Tensor:
+        ids, mask = (x.reshape(-1, x.shape[-1]) for x in (input_ids, attention_mask))
+        # GymWrapper under SAME_STEP gives zeros for the state after an end; nobody acts there and nothing is worth it.
+        mask = mask.index_fill(1, torch.zeros(1, dtype=torch.int64, device=mask.device), 1)
+        answer = self._read(self.network, self.network.states(ids, mask)).reshape(*input_ids.shape[:-1], -1)
+        return answer if action_mask is None else answer.masked_fill(action_mask == 0, -torch.inf)
+
+
+def actor_critic(network: PrefixNetwork, *, masked: bool = False) -> tuple[ProbabilisticActor, ValueOperator]:
+    """The actor and the critic that TorchRL's collectors, losses and value estimators take.
+
+    The actor writes `action` and `action_log_prob`; its logits are under `_logits`, which collectors do not store. With
+    a shared trunk a loss that asks the one and then the other pays one forward.
+
+    Args:
+        network: Both of them.
+        masked: Whether to renormalise the law over what `action_mask` allows: needed if the environment has a
+            constraint.
+    """
+    keys: Any = ["input_ids", "attention_mask"]
+    actor_keys: Any = [*keys, "action_mask"] if masked else keys
+    dist_keys: Any = {"logits": "_logits"}
+    actor = ProbabilisticActor(
+        TensorDictModule(_Reader(network, PrefixNetwork.logits), in_keys=actor_keys, out_keys=["_logits"]),
+        in_keys=dist_keys,
+        out_keys=["action"],
+        distribution_class=torch.distributions.Categorical,
+        distribution_kwargs={"validate_args": False},
+        return_log_prob=True,
+        log_prob_key="action_log_prob",
+    )
+    return actor, ValueOperator(_Reader(network, PrefixNetwork.values), in_keys=keys)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `train`.
+
+    Raises:
+        ValueError: Naming the field, what was expected and what came.
+    """
+
+    steps: int | None = None
+    """Steps of each row in a rollout; None: `max_new_tokens`."""
+    epochs: int = 2
+    """Passes over each rollout."""
+    minibatches: int = 4
+    """Optimizer steps of an epoch."""
+    by_row: bool = True
+    """A minibatch is whole rows of the rollout, which costs much less than shuffled transitions; False: those."""
+    learning_rate: float = 2e-4
+    """Adam's step size; falls to 0 over the run."""
+    gae_lambda: float = 0.98
+    """λ; γ is 1."""
+    clip_eps: float = 0.2
+    """Half-width of the trust region."""
+    value_coef: float = 1.0
+    """Weight of the value loss in units of the returns' variance."""
+    value_stats_decay: float = 0.9
+    """Memory of the returns' moments, per rollout."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 1.0
+    """Bound of the gradient's norm."""
+    cache: bool = True
+    """Whether acting keeps keys and values."""
+    share: bool = True
+    """Whether learning forwards an episode once."""
+    seed: int = 0
+    """Of prompts, tokens and minibatches."""
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        for name in ("steps", "epochs", "minibatches"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+
+
+def make_loss(actor: ProbabilisticActor, critic: ValueOperator, settings: Settings) -> tuple[ClipPPOLoss, GAE]:
+    """TorchRL's PPO loss and advantages with the settings that suit text: γ = 1, whole-rollout normalisation."""
+    loss = ClipPPOLoss(
+        actor,
+        critic,
+        clip_epsilon=settings.clip_eps,
+        entropy_bonus=settings.entropy_coef != 0,
+        entropy_coeff=settings.entropy_coef,
+        critic_coeff=settings.value_coef,
+        loss_critic_type="l2",
+        functional=False,
+    )
+    # vmap cannot look into the cache; the loop that takes its place makes one call for the states and one for the next.
+    advantages = GAE(gamma=1.0, lmbda=settings.gae_lambda, value_network=critic, average_gae=True, deactivate_vmap=True)
+    return loss, advantages
+
+
+def train(
+    policy: ValueHeadLM,
+    envs: VectorEnv,
+    iterations: int,
+    settings: Settings | None = None,
+    callback: Callable[[int, dict[str, float]], Any] | None = None,
+) -> list[dict[str, float]]:
+    """PPO of TorchRL's parts: its collector, its `GAE`, its `ClipPPOLoss`.
+
+    Args:
+        policy: What learns.
+        envs: As in `make_env`.
+        iterations: Rollouts of `steps` × N tokens.
+        settings: None: the defaults.
+        callback: `(iteration, metrics)`.
+
+    Returns:
+        One dictionary a rollout, over the episodes that ended in it.
+    """
+    settings = settings or Settings()
+    env = make_env(envs)
+    task: Task = envs.unwrapped.task  # type: ignore[union-attr]
+    network = PrefixNetwork(policy, temperature=task.options.temperature, cache=settings.cache, share=settings.share)
+    actor, critic = actor_critic(network, masked=task.constraint is not None)
+    loss, advantages = make_loss(actor, critic, settings)
+    learning = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(learning, lr=settings.learning_rate, eps=1e-5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: 1 - done / iterations)
+    env.set_seed(settings.seed)
+    torch.manual_seed(settings.seed)
+    frames = (settings.steps or task.options.max_new_tokens) * int(env.batch_size[0])
+    history = []
+    collector = Collector(
+        env, actor, frames_per_batch=frames, total_frames=frames * iterations, auto_register_policy_transforms=False
+    )
+    for data in collector:
+        metrics = _metrics(data, task)
+        if task.reference is not None and metrics["episodes"]:
+            task.controller.update(metrics["kl"], int(metrics["episodes"]))
+        _estimate(policy, data, advantages, settings)
+        loss.critic_coeff = torch.tensor(settings.value_coef / (2 * float(policy.value_head.value_std) ** 2))
+        for minibatch in _minibatches(data, settings):
+            found = loss(minibatch)
+            optimizer.zero_grad()
+            torch.stack([value for key, value in found.items() if key.startswith("loss_")]).sum().backward()
+            nn.utils.clip_grad_norm_(learning, settings.max_grad_norm)
+            optimizer.step()
+        schedule.step()
+        history.append(metrics)
+        if callback is not None:
+            callback(len(history), metrics)
+    return history
+
+
+def _estimate(policy: ValueHeadLM, data: TensorDictBase, advantages: GAE, settings: Settings) -> None:
+    """Advantages and value targets of a rollout `[N, T]`; the critic's scale follows the targets."""
+    head, reward = policy.value_head, data.get(("next", "reward"))[..., 0]
+    everything = torch.ones_like(reward, dtype=torch.bool)
+    if head.value_count == 0:
+        goes_on = (~data.get(("next", "done"))[..., 0]).float()
+        first_value_scale(head, discounted_returns(reward, goes_on), everything)
+    advantages(data)
+    update_value_scale(head, data.get("value_target")[..., 0], everything, settings.value_stats_decay)
+
+
+def _minibatches(data: TensorDictBase, settings: Settings) -> Iterator[TensorDictBase]:
+    items = data if settings.by_row else data.reshape(-1)
+    for _ in range(settings.epochs):
+        for chosen in torch.randperm(len(items)).tensor_split(min(settings.minibatches, len(items))):
+            yield items[chosen]
+
+
+def _metrics(data: TensorDictBase, task: Task) -> dict[str, float]:
+    """Means over the episodes that ended in a rollout."""
+    after = data.get("next")
+    done = after.get("done")[..., 0]
+    count = int(done.sum())
+
+    def mean(key: str) -> float:
+        return float(after.get(key).reshape(done.shape)[done].double().mean()) if count else math.nan
+
+    score, divergence = mean("score"), mean("episode_kl")
+    return {
+        "score": score,
+        "kl": divergence,
+        "objective": score - task.kl_coef * divergence,
+        "kl_coef": task.kl_coef,
+        "response_length": mean("response_length"),
+        "episodes": count,
+    }

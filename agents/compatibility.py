@@ -1,0 +1,80 @@
+"""What fits together: a policy, an environment, an algorithm and the settings of the loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from agents.algorithms.base import Algorithm
+from agents.algorithms.recipes import from_config
+from agents.config import PPOConfig, TrainConfig
+from agents.policy import ValueHeadLM
+from textenv.env import TextEnv
+from textenv.task import Task
+from textenv.vector_env import TextVectorEnv
+
+
+def check_parts(policy: Any, envs: Any) -> None:
+    """Raise unless the policy can learn in the environment.
+
+    Raises:
+        ValueError: Naming what is wrong.
+    """
+    if not isinstance(policy, ValueHeadLM):
+        raise ValueError(f"policy: expected a ValueHeadLM (ValueHeadLM(model) makes one), got {type(policy).__name__}")
+    if not isinstance(getattr(envs, "unwrapped", None), TextEnv | TextVectorEnv):
+        raise ValueError(f"envs: expected gym.make or gym.make_vec of 'RLHF-Text-v0', got {type(envs).__name__}")
+    task = envs.unwrapped.task
+    if policy.vocab_size != task.vocab_size:
+        raise ValueError(f"policy: expected the reference's vocabulary of {task.vocab_size}, got {policy.vocab_size}")
+    if policy.device.type != task.device.type:
+        raise ValueError(f"policy: expected it on the environment's {task.device}, got {policy.device}")
+
+
+def check_settings(algorithm: Any, config: Any) -> TrainConfig:
+    """The settings of the loop, `algorithm.defaults` if None, where every one acts and groups fit into a rollout.
+
+    Raises:
+        ValueError: Naming what is wrong.
+    """
+    if not isinstance(algorithm, Algorithm):
+        raise ValueError(f"algorithm: expected an Algorithm, such as agents.algorithms.grpo(), got {algorithm!r}")
+    config = algorithm.defaults if config is None else config
+    if not isinstance(config, TrainConfig):
+        raise ValueError(f"config: expected a TrainConfig, got {type(config).__name__}")
+    if isinstance(config, PPOConfig) and algorithm != from_config(config):
+        raise ValueError(f"config: expected a TrainConfig, because {algorithm.name} brings the rest, got a PPOConfig")
+    if config.batch_episodes % algorithm.group_size:
+        size = f"group_size={algorithm.group_size}"
+        raise ValueError(f"batch_episodes: expected a multiple of {size}, got {config.batch_episodes}")
+    for name, without in (("critic_warmup_updates", 0), ("critic_learning_rate", None)):
+        value = getattr(config, name)
+        if algorithm.critic is None and value != without:
+            raise ValueError(f"{name}: expected {without}, because {algorithm.name} has no critic, got {value}")
+    return config
+
+
+def check_task(algorithm: Algorithm, task: Task) -> None:
+    """Raise unless the environment pays what the algorithm reads.
+
+    Raises:
+        ValueError: Naming the option of the environment that is wrong.
+    """
+    if task.kl_source == "reference":
+        raise ValueError(
+            "kl_source: expected 'agent' or 'policy', got 'reference', which is for maximum-entropy algorithms; "
+            "under PPO and its like it teaches short responses"
+        )
+    if task.constraint is not None:
+        raise ValueError(
+            "constraint: expected None, because the agent's sampler and its log-probs are of the whole vocabulary, got "
+            f"{task.constraint!r}"
+        )
+    if algorithm.kl_loss is not None and task.kl_source != "agent":
+        raise ValueError(
+            f"kl_source: expected 'agent', because {algorithm.name} charges the KL in its loss, got {task.kl_source!r}"
+        )
+    if algorithm.critic is None and task.options.length_end == "truncate":
+        raise ValueError(
+            f"length_end: expected 'terminate', because {algorithm.name} has no critic to bootstrap a cut with, "
+            "got 'truncate'"
+        )
