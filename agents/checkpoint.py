@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,7 +109,7 @@ class Saved:
                 is given is another.
         """
         if given is None:
-            return description.make(self.state["algorithm"])
+            return replace(description.make(self.state["algorithm"]), defaults=self.config())
         description.check_same(given, self.state["algorithm"])
         return given
 

@@ -61,12 +61,22 @@ def device_of(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make_env(flags: EnvFlags, *, reference: Any = None, prompts: Any = None) -> Any:
+def make_env(
+    flags: EnvFlags,
+    *,
+    reference: Any = None,
+    prompts: Any = None,
+    num_envs: int = 1,
+    autoreset_mode: str = "SameStep",
+    kl_source: str | None = None,
+) -> Any:
     """The batched environment of these flags; `reference` and `prompts` override them."""
     kl_coef = flags.kl_coef if flags.kl_target is None else AdaptiveKL(flags.kl_coef, target=flags.kl_target)
     return gym.make_vec(
         "RLHF-Text-v0",
-        num_envs=1,
+        num_envs=num_envs,
+        autoreset_mode=autoreset_mode,
+        kl_source=kl_source,
         reference=reference if reference is not None else flags.reference,
         reward=flags.reward,
         prompts=prompts if prompts is not None else flags.prompts,

@@ -22,7 +22,18 @@ FORBIDDEN = (("textenv", "agents"), ("textenv", "scripts"), ("agents", "scripts"
 CORE, ADAPTERS = "agents", "agents.adapters"
 
 # Packages that `pip install textenv` does not bring: imported inside the function that needs them.
-OPTIONAL = {"datasets", "peft", "stable_baselines3", "tianshou", "torchrl", "trl", "vllm"}
+OPTIONAL = {
+    "datasets",
+    "outlines_core",
+    "peft",
+    "sb3_contrib",
+    "stable_baselines3",
+    "tensordict",
+    "tianshou",
+    "torchrl",
+    "trl",
+    "vllm",
+}
 TRAIN_EXTRA = {"jinja2", "matplotlib", "rich", "tensorboard", "torch.utils.tensorboard", "tyro"}
 # Modules that exist only for one optional package and are themselves imported lazily.
 OPTIONAL_HOMES = ("agents.adapters", "agents.sampling.vllm_sampler")

@@ -380,9 +380,8 @@ def test_where_an_episode_ends_there_is_no_dead_end() -> None:
     cut.step(7)
     # A learner bootstraps from the state after the cut, whose actions are these.
     assert np.flatnonzero(cut.step(7)[-1]["action_mask"]).tolist() == [6, 7]
-    dead = TextEnv(
-        **options(constraint=lambda r: [7][len(r) :] or [8][len(r) - 1 :], max_new_tokens=2, length_end="truncate")
-    )
+    runs_out = [[7], [8], []]
+    dead = TextEnv(**options(constraint=lambda r: runs_out[len(r)], max_new_tokens=2, length_end="truncate"))
     dead.reset(seed=0)
     dead.step(7)
     assert dead.step(8)[-1]["action_mask"].all()  # nothing is chosen there either

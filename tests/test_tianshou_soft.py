@@ -13,7 +13,7 @@ from tianshou.data import Batch, VectorReplayBuffer
 from tianshou.utils.torch_utils import policy_within_training_step
 
 from agents.adapters.tianshou_bridge import EpisodeReplayBuffer, charge_of
-from tests.tianshou_fixtures import WARNINGS, collect, episodes_in, make_setup, move, plain_logprobs
+from tests.tianshou_fixtures import WARNINGS, collect, episodes_in, make_setup, move, plain_laws, plain_logprobs
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
 BETA = 0.1
@@ -24,20 +24,15 @@ def lagged(module: Any) -> Any:
     return module.module.actor.reader.network.policy
 
 
-def plain_q(policy: Any, episode: dict[str, Any], space: int) -> torch.Tensor:
+def plain_q(policy: Any, episode: dict[str, Any]) -> torch.Tensor:
     """Q = V + β·log π of every state that was acted in, `[T, n]`, by plain forwards of one episode."""
-    candidates = episode["candidates"]
-    if candidates is None:
-        candidates = np.tile(np.arange(space), (len(episode["response"]), 1))
-    rows, start = [], len(episode["prompt"])
-    ids = torch.tensor([episode["prompt"] + episode["response"]])
+    start = len(episode["prompt"])
     with torch.no_grad():
-        values = policy(ids).values[0, start - 1 :]
-    for t, offered in enumerate(candidates):
-        prefix = episode["prompt"] + episode["response"][:t]
-        logprobs = [plain_logprobs(policy.lm, prefix, [int(token)], [offered])[0] for token in offered[:space]]
-        rows.append(float(values[t]) + BETA * torch.tensor(logprobs))
-    return torch.stack(rows)
+        values = policy(torch.tensor([episode["prompt"] + episode["response"]])).values[0, start - 1 : -1]
+    laws = plain_laws(policy.lm, episode["prompt"], episode["response"], episode["candidates"])
+    if episode["candidates"] is not None:
+        laws = laws.gather(1, torch.as_tensor(episode["candidates"].astype(np.int64)))
+    return values[:, None] + BETA * laws
 
 
 @pytest.mark.parametrize("k", [0, 8])
@@ -102,7 +97,7 @@ def test_returns_are_those_of_the_formula_under_the_present_targets(name: str, h
     if horizon == 1 or name == "dqn":
         assert float((batch.returns - first).abs().max()) > 1e-4
     for episode in episodes_in(setup):
-        qs = [plain_q(lagged(target), episode, k or 64) for target in targets]
+        qs = [plain_q(lagged(target), episode) for target in targets]
         acted = torch.tensor(episode["act"])[:, None]
         if name == "dqn":
             values = BETA * (qs[0] / BETA).logsumexp(-1)
@@ -110,7 +105,7 @@ def test_returns_are_those_of_the_formula_under_the_present_targets(name: str, h
         else:
             zero = copy.deepcopy(algorithm.critic.actor.reader.network.policy)
             zero.lm = algorithm.policy.actor.lm
-            law = (plain_q(zero, episode, k or 64) / BETA).log_softmax(-1)
+            law = (plain_q(zero, episode) / BETA).log_softmax(-1)
             values = (law.exp() * (torch.min(*qs) - BETA * law)).sum(-1)
             costs = BETA * law.gather(1, acted)[:, 0]
         expected = expected_returns(episode, horizon, values.tolist(), costs.tolist())
@@ -141,24 +136,25 @@ def test_at_the_optimum_every_horizon_gives_q_whatever_was_done(horizon: int) ->
 
 
 def test_target_networks_follow() -> None:
-    setup = make_setup("dqn", k=8, target_update_freq=2, learning_rate=1e-2)
+    setup = make_setup("dqn", k=8, critic="shared", target_update_freq=2, learning_rate=1e-2)
     collect(setup)
     algorithm, buffer = setup.algorithm, setup.collector.buffer
-    batch, _ = buffer.sample(0)
 
-    def apart() -> float:
-        with torch.no_grad():
-            mine, theirs = algorithm.policy.model(batch.obs)[0], algorithm.model_old(batch.obs)[0]
-        return float((mine - theirs).abs().max())
+    def weights(module: Any) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
 
-    distances = []
     with policy_within_training_step(algorithm.policy):
-        for _ in range(4):
+        for step in range(4):
+            online, target = weights(algorithm.policy.model), weights(algorithm.model_old)
             algorithm.update(buffer, sample_size=16)
-            distances.append(apart())
-    # Tianshou copies before its steps 1, 3, ...: after each copy one step lies between them, then two.
-    assert 0 < distances[0] < distances[1] and 0 < distances[2] < distances[3]
-    assert distances[2] < distances[1]
+            # Copied before steps 0 and 2.
+            assert torch.equal(weights(algorithm.model_old), online if step % 2 == 0 else target)
+            assert not torch.equal(weights(algorithm.policy.model), online)
+    collected, _ = buffer.sample(0)
+    with torch.no_grad():
+        fresh = copy.deepcopy(algorithm.policy.model)
+        fresh.load_state_dict(algorithm.model_old.module.state_dict())
+        torch.testing.assert_close(algorithm.model_old(collected.obs)[0], fresh(collected.obs)[0])
 
 
 def test_the_value_scale_is_set_once_and_for_the_target_too() -> None:
@@ -198,23 +194,17 @@ def test_sac_has_beta_as_its_temperature_and_critics_that_differ() -> None:
 
 def filled(kind: Any, lengths: list[int], rows: int = 2, size: int = 40) -> Any:
     buffer = kind(size, rows)
-    number = 0
-    for length in lengths:
-        row = number % rows
-        for t in range(length):
-            obs = np.array([[number, t + 1]], dtype=np.int32)
-            buffer.add(
-                Batch(
-                    obs=obs,
-                    act=np.array([t]),
-                    rew=np.array([0.0]),
-                    terminated=np.array([t + 1 == length]),
-                    truncated=np.array([False]),
-                    obs_next=obs + [[0, 1]],
-                ),
-                buffer_ids=[row],
+    for number, length in enumerate(lengths):
+        for t in range(1, length + 1):
+            step = Batch(
+                obs=np.array([[number, t]], dtype=np.int32),
+                act=np.array([t]),
+                rew=np.array([0.0]),
+                terminated=np.array([t == length]),
+                truncated=np.array([False]),
+                obs_next=np.array([[number, t + 1]], dtype=np.int32),
             )
-        number += 1
+            buffer.add(step, buffer_ids=[number % rows])
     return buffer
 
 

@@ -44,7 +44,7 @@ def test_it_learns(name: str, by_episode: bool) -> None:
         buffer_episodes=128,
         tau=0.2,
         trust_region_size=0.3,
-        max_kl=0.05,
+        max_kl=0.2,
     )
     with warnings.catch_warnings():
         # TRPO says when its line search goes back.
@@ -79,7 +79,7 @@ def test_a_callback_may_end_it_and_tianshous_logger_is_told(tmp_path: Path) -> N
 
 def test_a_fisher_vector_product_is_the_hessian_of_the_kl() -> None:
     """Tianshou's own, against central differences of the KL's gradient in float64, one plain forward an episode."""
-    setup = make_setup("npg", rows=2)
+    setup = make_setup("npg", rows=2, gpt2=True)  # Llama's norms are in float32 whatever its type
     collect(setup, episodes=3)
     algorithm, actor = setup.algorithm, setup.algorithm.policy.actor
     batch, _ = setup.collector.buffer.sample(0)
@@ -128,8 +128,11 @@ def test_fused_attention_has_no_second_derivative() -> None:
     collect(setup, episodes=2)
     batch, _ = setup.collector.buffer.sample(0)
     law = setup.algorithm.policy(batch).dist
+    with torch.no_grad():
+        old = setup.algorithm.policy(batch).dist
     with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
-        gradient = setup.algorithm._get_flat_grad(law.entropy().mean(), setup.algorithm.policy.actor, create_graph=True)
+        kl = kl_divergence(old, law).mean()
+        gradient = setup.algorithm._get_flat_grad(kl, setup.algorithm.policy.actor, create_graph=True)
         setup.algorithm._MVP(torch.ones_like(gradient), gradient)
 
 

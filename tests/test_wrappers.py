@@ -420,10 +420,11 @@ def test_replay_is_of_the_full_law() -> None:
     assert torch.equal(one.rewards, two.rewards) and torch.equal(one.ref_logprobs, two.ref_logprobs)
 
 
-@pytest.mark.filterwarnings(IS_A_WRAPPER)
+@pytest.mark.slow
 def test_the_page_runs() -> None:
-    import textenv
     from test_docs import run_page
+
+    import textenv
 
     pytest.importorskip("torchrl")
     if not textenv.embedded.STORYTELLER.exists():

@@ -105,16 +105,24 @@ def episodes_in(setup: Setup) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
+def plain_laws(
+    lm: Any, prompt: Sequence[int], response: Sequence[int], allowed: Any = None, temperature: float = 1.0
+) -> torch.Tensor:
+    """log π of every token in every state of a response, `[T, V]`, by one float64 forward.
+
+    `allowed` `[T, k]` renormalises over candidates; the others have −inf.
+    """
+    double = copy.deepcopy(lm).double().eval()
+    logits = double(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] / temperature
+    if allowed is not None:
+        mask = torch.full_like(logits, -torch.inf)
+        logits = logits + mask.scatter_(1, torch.as_tensor(np.asarray(allowed, dtype=np.int64)), 0.0)
+    return logits.log_softmax(-1)
+
+
 def plain_logprobs(
     lm: Any, prompt: Sequence[int], response: Sequence[int], allowed: Any = None, temperature: float = 1.0
 ) -> list[float]:
-    """log π of each token by one float64 forward of one episode; `allowed` `[T, k]` renormalises over candidates."""
-    double = copy.deepcopy(lm).double().eval()
-    logits = double(input_ids=torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] / temperature
-    if allowed is None:
-        law = logits.log_softmax(-1)
-    else:
-        mask = torch.full_like(logits, -torch.inf)
-        logits = logits + mask.scatter_(1, torch.as_tensor(np.asarray(allowed, dtype=np.int64)), 0.0)
-        law = logits.log_softmax(-1)
-    return [float(law[t, token]) for t, token in enumerate(response)]
+    """log π of each token of a response."""
+    laws = plain_laws(lm, prompt, response, allowed, temperature)
+    return [float(laws[t, token]) for t, token in enumerate(response)]

@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 
 import textenv.dynamics as dynamics
-from textenv.candidates import TopK
-from textenv.constraints.rows import AllowedRows
+from textenv.actions import Actions
 from textenv.dynamics import TokenState
 from textenv.payments import Answers, Payments
-from textenv.row_reference import RowReference
 from textenv.starting import choose_prompts
 from textenv.task import Task
 from textenv.types import FinishReason
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class TextCore:
@@ -37,9 +32,7 @@ class TextCore:
         self.started = np.zeros(rows, dtype=bool)
         self.prompt_index = np.full(rows, -1, dtype=np.int64)
         self.payments = Payments(task, rows)
-        self.reference = RowReference(task, rows)
-        self.allowed = AllowedRows(task.constraint, rows)
-        self.mask_in_obs = False
+        self.actions = Actions(task, rows)
 
     # ------------------------------------------------------------------------------------------------- starting
 
@@ -57,7 +50,7 @@ class TextCore:
         indices, prompts = choose_prompts(self.task, rows, rngs, options or {})
         device = self.task.device
         where = torch.as_tensor(rows, device=device)
-        moved = self.allowed.begin(where, prompts)
+        moved = self.actions.allowed.begin(where, prompts)
         width = max(map(len, prompts))
         padded = np.full((len(rows), self.task.columns), self.task.pad_token_id, dtype=np.int64)
         for row, prompt in enumerate(prompts):
@@ -68,8 +61,8 @@ class TextCore:
         self.prompt_index[rows] = indices
         self.started[rows] = True
         self.payments.begin(where)
-        self.reference.begin(where, ids[:, :width], lengths, moved.allowed)
-        self.allowed.commit(moved)
+        self.actions.reference.begin(where, ids[:, :width], lengths, moved.allowed)
+        self.actions.allowed.commit(moved)
 
     # ------------------------------------------------------------------------------------------------- acting
 
@@ -85,72 +78,23 @@ class TextCore:
             ValueError: If it would begin in the middle of a response, whose earlier tokens nobody asked it about; if
                 candidates are offered.
         """
-        if self.reference.top_k is not None:
+        if self.actions.reference.top_k is not None:
             raise ValueError("attach: expected no TopKActions, whose learner does not choose by this law, got one")
         if self.task.kl_source != "policy" and (self.running & (self.state.response_lengths > 0).cpu().numpy()).any():
             raise ValueError("attach: expected no response under way, got one; attach before or right after reset()")
         self.task.attach(policy)
 
-    def offer(self, k: int, always: Sequence[int]) -> None:
-        """Show the k most probable tokens of the reference in observations; every row must then be reset.
-
-        Raises:
-            ValueError: Without a reference, if the environment asks a policy, or if candidates are offered already.
-        """
-        if self.reference.top_k is not None:
-            raise ValueError(f"k: expected one TopKActions, got a second, with k={k}")
-        if self.task.reference is None:
-            raise ValueError("kl_coef: expected > 0 or a controller, for the reference gives the candidates, got 0")
-        if self.task.kl_source == "policy":
-            raise ValueError(
-                "kl_source: expected 'agent' or 'reference', because the learner's law is over k tokens and the "
-                "environment would ask for one over all, got 'policy'"
-            )
-        self.reference.offer(TopK.of(k, always, self.task.vocab_size))
+    def forget(self) -> None:
+        """Want every row to be reset before the next step: what may be chosen has changed."""
         self.started[:] = False
-
-    def constrain(self, constraint: Any) -> None:
-        """Allow only what this allows; every row must then be reset.
-
-        Raises:
-            ValueError: If it is no constraint, does not fit, or there is one already.
-        """
-        self.task.constrain(constraint)
-        self.allowed = AllowedRows(self.task.constraint, self.rows)
-        self.started[:] = False
-
-    def show_mask(self) -> None:
-        """Put `action_mask` into observations.
-
-        Raises:
-            ValueError: Without a constraint.
-        """
-        if self.task.constraint is None:
-            raise ValueError("constraint: expected one, whose mask the observation would show, got None")
-        self.mask_in_obs = True
-
-    def chosen(self, indices: Any) -> Tensor:
-        """`[N]`: the tokens of indices into the candidates; of rows that do not act, token 0.
-
-        Raises:
-            gymnasium.error.InvalidAction: If shape, type or a value is not that of `Discrete(k)`.
-        """
-        offered, running = self.reference.offered, torch.as_tensor(self.running, device=self.task.device)
-        if offered is None:
-            return torch.zeros(self.rows, dtype=torch.int64, device=self.task.device)
-        k = offered.ids.shape[1]
-        expected = f"actions: expected {self.rows} indices in [0, {k}), one a row"
-        where = _integers(indices, self.rows, expected, running, k)
-        return torch.where(running, offered.ids.gather(1, where[:, None])[:, 0], 0)
 
     def check_actions(self, actions: Any) -> Tensor:
-        """One action a row, as a tensor on the device.
+        """One token a row, as a tensor on the device; see `Actions.check`."""
+        return self.actions.check(actions)
 
-        Raises:
-            gymnasium.error.InvalidAction: If the shape, the type or a value is not that of `Discrete(V)`.
-        """
-        expected = f"actions: expected {self.rows} integers in [0, {self.task.vocab_size}), one a row"
-        return _integers(actions, self.rows, expected, None, self.task.vocab_size).to(self.task.device)
+    def chosen(self, indices: Any) -> Tensor:
+        """The tokens of indices into the candidates; see `Actions.chosen`."""
+        return self.actions.chosen(indices, self.running)
 
     @torch.no_grad()
     def step(self, actions: Tensor, rows: np.ndarray) -> None:
@@ -171,7 +115,8 @@ class TextCore:
             return
         where = torch.as_tensor(rows, device=self.task.device)
         acting, steps = actions[where], self.state.response_lengths[where]
-        self.allowed.check(acting, where)
+        allowed = self.actions.allowed
+        allowed.check(acting, where)
         after = dynamics.append(
             self.state,
             acting,
@@ -181,16 +126,16 @@ class TextCore:
         )
         reasons = after.finish_reasons[where]
         state = self.state
-        now = self.allowed.now(where)
-        moved = self.allowed.after(where, acting, after, length_end=self.task.options.length_end)
+        now = allowed.now(where)
+        moved = allowed.after(where, acting, after, length_end=self.task.options.length_end)
         logprobs = None
         if self.knows_kl:
             logprobs = self.task.policy_logprobs(state.ids[where], state.lengths[where], acting, now)
         earned, score = self._score(after, where, reasons)
         # The reference comes last: its cache moves.
-        spoken = self.reference.speak(state, after, acting, where, (now, moved.allowed))
+        spoken = self.actions.reference.speak(state, after, acting, where, (now, moved.allowed))
         self.state = after
-        self.allowed.commit(moved)
+        allowed.commit(moved)
         self.payments.pay(where, steps, reasons, Answers(earned, score, logprobs, spoken))
 
     @property
@@ -227,25 +172,7 @@ class TextCore:
             "attention_mask": mask.to(torch.int8),
             "prompt_length": state.prompt_lengths[:, None].clone(),
         }
-        if self.reference.offered is not None:
-            observation["candidates"] = self.reference.offered.ids.clone()
-            observation["candidate_logprobs"] = self.reference.offered.logprobs.clone()
-        if self.mask_in_obs:
-            observation["action_mask"] = self.action_mask().to(torch.int8)
-        return observation
-
-    @property
-    def action_count(self) -> int:
-        """A: V, or k where candidates are offered."""
-        return self.task.vocab_size if self.reference.top_k is None else self.reference.top_k.k
-
-    def action_mask(self) -> Tensor:
-        """`[N, A]` bool, fresh: which actions may be chosen now."""
-        if self.reference.offered is not None:
-            return self.reference.offered.distinct.clone()
-        if self.allowed.table is not None and self.reference.top_k is None:
-            return self.allowed.table.clone()
-        return torch.ones(self.rows, self.action_count, dtype=torch.bool, device=self.task.device)
+        return observation | self.actions.observation()
 
     @property
     def rewards(self) -> Tensor:
@@ -265,8 +192,7 @@ class TextCore:
         info["finish_reason"] = state.finish_reasons.clone()
         info["response_length"] = state.response_lengths
         info["prompt_index"] = torch.tensor(self.prompt_index, device=self.task.device)
-        if self.task.constraint is not None:
-            info["action_mask"] = self.action_mask().to(torch.int8)
+        info |= self.actions.info()
         if sequence:
             info["ref_logprobs"] = self.payments.history["ref_logprob"].clone()
         return info
@@ -278,17 +204,3 @@ class TextCore:
         decode = self.task.text_decoder
         prompts, responses = decode(*self.texts(torch.arange(self.rows, device=self.task.device)))
         return {"prompt_text": prompts, "response_text": responses}
-
-
-def _integers(given: Any, rows: int, expected: str, counted: Tensor | None, limit: int) -> Tensor:
-    """`[N]` int64 in [0, limit); those of rows that do not count are set to 0."""
-    array = given if isinstance(given, Tensor) else np.asarray(given)
-    integers = array.dtype in _INTEGERS if isinstance(array, Tensor) else np.issubdtype(array.dtype, np.integer)
-    if not integers or array.shape != (rows,):
-        raise gym.error.InvalidAction(f"{expected}, got shape {tuple(array.shape)} of {array.dtype}")
-    tensor = torch.as_tensor(array, dtype=torch.int64)
-    if counted is not None:
-        tensor = torch.where(counted, tensor.to(counted.device), 0)
-    if ((tensor < 0) | (tensor >= limit)).any():
-        raise gym.error.InvalidAction(f"{expected}, got {tensor.tolist()}")
-    return tensor

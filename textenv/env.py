@@ -24,12 +24,13 @@ def observation_space(core: TextCore) -> spaces.Dict:
         "attention_mask": spaces.Box(0, 1, (columns,), np.int8),
         "prompt_length": spaces.Box(0, columns, (1,), np.int64),
     }
-    if core.reference.top_k is not None:
-        k = core.reference.top_k.k
+    actions = core.actions
+    if actions.reference.top_k is not None:
+        k = actions.count
         parts["candidates"] = spaces.Box(0, top, (k,), np.int64)
         parts["candidate_logprobs"] = spaces.Box(LOWEST, 0.0, (k,), np.float32)
-    if core.mask_in_obs:
-        parts["action_mask"] = spaces.Box(0, 1, (core.action_count,), np.int8)
+    if actions.mask_in_obs:
+        parts["action_mask"] = spaces.Box(0, 1, (actions.count,), np.int8)
     return spaces.Dict(parts)
 
 
@@ -52,6 +53,10 @@ class TextEnv(Tasked, gym.Env[dict[str, np.ndarray], int]):
     ## Action Space
 
     `Discrete(V)`: one token id. V is the width of the reference's logits, which may exceed the tokenizer's length.
+
+    With `constraint`, only the tokens A(s) that it allows may be chosen; any other is an `InvalidAction`. π and π_ref
+    are then both softmax over A(s). `info["action_mask"]` and the method `action_masks()` tell A(s).
+    `textenv.wrappers.TopKActions` makes the action an index into the k most probable tokens.
 
     ## Observation Space
 
@@ -98,7 +103,8 @@ class TextEnv(Tasked, gym.Env[dict[str, np.ndarray], int]):
     The same keys in `reset` and `step`, NumPy scalars: `score`, `ref_logprob`, `kl`, `kl_known` (0: `kl` is unknown and
     0.0), `finish_reason`, `response_length`, `prompt_index` (−1 for a prompt of your own), `reward_parts/score`,
     `reward_parts/kl`, `reward_parts/missing_eos` (they sum to the reward); with `kl_credit="sequence"` also
-    `ref_logprobs`; with `info_text=True` also `prompt_text` and `response_text`.
+    `ref_logprobs`; with `constraint` also `action_mask`, int8 `(V,)`; with `info_text=True` also `prompt_text` and
+    `response_text`.
 
     ## Arguments
 
@@ -165,7 +171,7 @@ class TextEnv(Tasked, gym.Env[dict[str, np.ndarray], int]):
 
     def action_masks(self) -> np.ndarray:
         """`[V]` bool: which tokens may be chosen now; what `MaskablePPO` of sb3-contrib asks."""
-        return self.core.action_mask()[0].cpu().numpy()
+        return self.core.actions.mask()[0].cpu().numpy()
 
     def close(self) -> None:
         """Free the models."""

@@ -46,7 +46,8 @@ class Tasked:
 
         Every row must be reset before the next step.
         """
-        self.core.offer(k, always)
+        self.core.actions.offer(k, always)
+        self.core.forget()
         self._describe()
 
     def constrain(self, constraint: Any) -> None:
@@ -54,11 +55,12 @@ class Tasked:
 
         Every row must be reset before the next step.
         """
-        self.core.constrain(constraint)
+        self.core.actions.constrain(constraint)
+        self.core.forget()
 
     def show_action_mask(self) -> None:
         """Put `action_mask` into observations too."""
-        self.core.show_mask()
+        self.core.actions.show_mask()
         self._describe()
 
     def _describe(self) -> None:

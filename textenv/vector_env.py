@@ -161,7 +161,7 @@ class TextVectorEnv(Tasked, VectorEnv[dict[str, Any], Any, Any]):
 
     def action_masks(self) -> Any:
         """`[N, V]` bool: which tokens each row may choose now."""
-        return self._out(self.core.action_mask())
+        return self._out(self.core.actions.mask())
 
     def close_extras(self, **kwargs: Any) -> None:
         """Free the models."""

@@ -175,17 +175,17 @@ class TextCritic(nn.Module):
         """Values `[B, 1]` of the states of handles `[B, 2]`."""
         acting = not self.training
         if not acting:
-            self._rescale()
+            self.rescale()
         values = self.reader.values(obs, acting=acting)
         if values.requires_grad:
             values = scale_gradient(values, 1.0 / float(self.value_head.value_std) ** 2)
         return values[:, None]
 
-    def _rescale(self) -> None:
-        """Once a collection: the moments of its returns."""
+    def rescale(self) -> bool:
+        """Once a collection, take the moments of its returns; whether they were taken now."""
         charge = self._charge
         if charge is None or charge.collections == self._seen or not charge.rewards:
-            return
+            return False
         self._seen = charge.collections
         head = self.value_head
         returns = [_returns(rewards, self.gamma) for rewards in charge.rewards]
@@ -193,8 +193,10 @@ class TextCritic(nn.Module):
         mask = torch.ones_like(packed, dtype=torch.bool)
         if head.value_count == 0:
             first_value_scale(head, packed, mask)
-        elif self.decay is not None:
+            return True
+        if self.decay is not None:
             update_value_scale(head, packed, mask, self.decay)
+        return self.decay is not None
 
 
 def _returns(rewards: np.ndarray, gamma: float) -> np.ndarray:

@@ -105,6 +105,15 @@ class _SoftReturns:
         """β·log π(a|s) `[B]` of recorded transitions."""
         raise NotImplementedError
 
+    def _preprocess_batch(self, batch: Any, buffer: Any, indices: np.ndarray) -> Any:
+        inherited: Any = super()
+        for pair in self._lagged_networks._lagged_network_pairs:  # type: ignore[attr-defined]
+            # The value scale is a buffer, and Tianshou's targets follow parameters only. It is set before the first
+            # step, when target and source are still equal.
+            if pair.source.critic.rescale():
+                pair.target.load_state_dict(pair.source.state_dict())
+        return inherited._preprocess_batch(batch, buffer, indices)
+
     def compute_nstep_return(  # type: ignore[override]
         self, batch: Any, buffer: Any, indices: np.ndarray, target_q_fn: Any, gamma: float = 1.0, n_step: int = 1
     ) -> Any:

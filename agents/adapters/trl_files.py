@@ -67,8 +67,13 @@ def load_language_model(
         base = json.loads(adapter.read_text(encoding="utf8")).get("base_model_name_or_path")
         if not base:
             raise ValueError(f"pretrained_model_name_or_path: {adapter} does not say of which model it is an adapter")
-        lm = load_language_model(base, dtype, device, trust_remote_code, is_trainable)
+        lm = _load_base(base, dtype, device, trust_remote_code)
         return PeftModel.from_pretrained(lm, str(adapter.parent), is_trainable=is_trainable)
+    return _load_base(source, dtype, device, trust_remote_code)
+
+
+def _load_base(source: str | Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool) -> Any:
+    """The language model alone, whichever format its weights are in."""
     weights = _first_file(source, _WEIGHTS)
     if weights is not None and weights.name.startswith("pytorch_model"):
         return _load_pickled(source, dtype, trust_remote_code).to(device)
@@ -156,10 +161,16 @@ def save_adapter(lm: Any, head: dict[str, Tensor], folder: Path) -> None:
         lm: The PEFT model.
         head: As `read_value_head` gives it.
         folder: Made if it is not there.
+
+    Raises:
+        ValueError: If the folder is the base model's.
     """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
+    base = lm.active_peft_config.base_model_name_or_path
+    if base and Path(base).is_dir() and folder.samefile(base):
+        raise ValueError(f"save_directory: expected another folder than the base model's, got {folder}")
     (folder / "value_head.json").unlink(missing_ok=True)  # a whole policy's, which would be loaded instead
     # False: "auto" would look the base model up on the network. Adapters on embeddings are saved all the same.
     lm.save_pretrained(folder, save_embedding_layers=False)

@@ -32,8 +32,7 @@ def create_reference_model(
     shared: list[nn.Parameter] = []
     if num_shared_layers is not None:
         shared = list(_first_layers(model.pretrained_model, num_shared_layers))
-    for parameter in shared:
-        parameter.requires_grad_(False)
+    # What deepcopy believes to have copied already stays one object, and is frozen with the copy.
     memo: dict[int, Any] = {id(parameter): parameter for parameter in shared}
     return copy.deepcopy(model, memo).requires_grad_(False).eval()
 

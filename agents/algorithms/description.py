@@ -1,7 +1,7 @@
 """Algorithms as JSON: what a checkpoint keeps of them, and how they are made again.
 
-Components of this package are kept with their settings. What somebody else wrote, a function or a class, is kept by its
-name alone: only its author can make it again.
+Components of this package are kept with their settings, but for an algorithm's `defaults`: what acts in a run is the
+agent's config. What somebody else wrote, a function or a class, is kept by its name: only its author can make it again.
 """
 
 from __future__ import annotations
@@ -12,13 +12,10 @@ from typing import Any
 
 from agents.algorithms import aggregation, estimators, objectives
 from agents.algorithms.base import Algorithm, ValueLoss
-from agents.config import PPOConfig, TrainConfig
 
 _OWN: tuple[type, ...] = (
     Algorithm,
     ValueLoss,
-    TrainConfig,
-    PPOConfig,
     estimators.GAE,
     estimators.DecoupledGAE,
     estimators.LengthAdaptiveGAE,
@@ -51,7 +48,9 @@ def describe(part: Any) -> Any:
         return part
     kind = type(part)
     if is_dataclass(part) and not isinstance(part, type):
-        settings = {field.name: describe(getattr(part, field.name)) for field in fields(part)}
+        settings = {
+            field.name: describe(getattr(part, field.name)) for field in fields(part) if field.name != "defaults"
+        }
         if kind in _OWN:
             return {"type": kind.__name__, "settings": settings}
         return {"yours": f"{kind.__module__}.{kind.__qualname__}", "settings": settings}

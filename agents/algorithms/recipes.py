@@ -107,9 +107,12 @@ def reinforce_plus_plus(clip_eps: float = 0.2, clip_eps_high: float | None = Non
 
 
 def remax() -> Algorithm:
-    """ReMax (arXiv 2310.10505): REINFORCE against the greedy response to the same prompt."""
+    """ReMax (arXiv 2310.10505): REINFORCE against the greedy response to the same prompt.
+
+    Whitened, because greedy responses may be better or worse than sampled ones all in all, by more than prompts differ.
+    """
     return Algorithm(
-        Scaled(GreedyBaseline()), PolicyGradient(), TokenMean(), greedy=True, defaults=_ONE_STEP, name="remax"
+        Whitened(GreedyBaseline()), PolicyGradient(), TokenMean(), greedy=True, defaults=_ONE_STEP, name="remax"
     )
 
 
@@ -167,9 +170,12 @@ def dr_grpo(group_size: int = 8, clip_eps: float = 0.2, clip_eps_high: float | N
 
 
 def gspo(
-    group_size: int = 8, clip_eps: float = 3e-4, clip_eps_high: float | None = 4e-4, *, per_token: bool = False
+    group_size: int = 8, clip_eps: float = 0.02, clip_eps_high: float | None = 0.03, *, per_token: bool = False
 ) -> Algorithm:
-    """GSPO (arXiv 2507.18071): GRPO with the ratio of whole responses; `per_token` is GSPO-token."""
+    """GSPO (arXiv 2507.18071): GRPO with the ratio of whole responses; `per_token` is GSPO-token.
+
+    The paper's half-widths, 3e-4 and 4e-4, are for responses of thousands of tokens, whose mean log-ratio moves less.
+    """
     return Algorithm(
         GroupNormalized(),
         SequenceClipped(clip_eps, clip_eps_high, per_token),

@@ -120,6 +120,9 @@ class BoundConstraint:
         self._rule = constraint.bind(vocabulary)
         self._masks = MaskCache(vocabulary.size)
 
+    def __repr__(self) -> str:
+        return repr(self.constraint)
+
     def start(self, prompt: Sequence[int]) -> Hashable:
         """The state of an empty response."""
         return self._rule.start(tuple(prompt))
