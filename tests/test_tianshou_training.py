@@ -13,6 +13,7 @@ import torch
 from tianshou.utils import TensorboardLogger
 from torch.distributions import kl_divergence
 
+from agents import ValueHeadLM
 from agents.adapters.tianshou_bridge import DEFAULTS, AdamFactory, make_algorithm, train, use_eager_attention
 from tests.agent_fixtures import make_policy
 from tests.conftest import make_llama
@@ -176,3 +177,46 @@ def test_lora_learns_its_adapters_only() -> None:
     train(setup)
     moved = {name for name, p in policy.named_parameters() if not torch.equal(p, before[name])}
     assert moved and all("lora_" in name or "value_head" in name for name in moved)
+
+
+# ------------------------------------------------------------------------------------------------- page and script
+
+
+def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import textenv
+    from tests.test_docs import ROOT, run_page
+
+    if not textenv.embedded.STORYTELLER.exists():
+        pytest.skip("the embedded models are not made yet")
+    monkeypatch.chdir(tmp_path)
+    run_page(ROOT / "docs" / "tianshou.md")
+
+
+@pytest.mark.parametrize("name", ["ppo", "trpo", "dqn", "sac"])
+def test_the_script_runs(name: str, tmp_path: Path, tiny_lm_folder: Path, tiny_reward_folder: Path) -> None:
+    pytest.importorskip("tyro")
+    from scripts import train_tianshou
+
+    (tmp_path / "prompts.txt").write_text("w5 w6\nw7\nw8 w9 w10\n")
+    options = {
+        "algorithm": name,
+        "top-k": 8,
+        "rows": 2,
+        "threads": 1,
+        "out": tmp_path / "out",
+        "config.iterations": 2,
+        "config.episodes": 4,
+        "config.gradient-steps": 2,
+        "env.reference": tiny_lm_folder,
+        "env.reward": tiny_reward_folder,
+        "env.prompts": tmp_path / "prompts.txt",
+        "env.heldout": tmp_path / "prompts.txt",
+        "env.max-new-tokens": 4,
+        "env.device": "cpu",
+    }
+    flags = train_tianshou.parse([word for key, value in options.items() for word in (f"--{key}", str(value))])
+    assert flags.config.epochs == DEFAULTS[name].epochs
+    train_tianshou.main(flags)
+    assert (tmp_path / "out" / "report.html").exists() and list((tmp_path / "out" / "tensorboard").iterdir())
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
+    ValueHeadLM.from_pretrained(tmp_path / "out" / "policy")

@@ -157,6 +157,8 @@ def train(
     settings = settings or Settings()
     env = make_env(envs)
     task: Task = envs.unwrapped.task  # type: ignore[union-attr]
+    if policy.device.type != task.device.type:
+        raise ValueError(f"policy: expected it on the environment's {task.device}, got {policy.device}")
     network = PrefixNetwork(policy, temperature=task.options.temperature, cache=settings.cache, share=settings.share)
     actor, critic = actor_critic(network, masked=task.constraint is not None)
     loss, advantages = make_loss(actor, critic, settings)

@@ -67,11 +67,8 @@ class KLCharge(Transform):
 
     def _reset(self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase) -> TensorDictBase:
         shape = (*tensordict_reset.batch_size, 1)
-        for key in _SUMS:
-            sums = torch.zeros(shape, dtype=torch.float64, device=tensordict_reset.device)
-            if tensordict is not None and "_reset" in tensordict and key in tensordict:
-                sums = torch.where(tensordict["_reset"].reshape(shape), sums, tensordict[key])
-            tensordict_reset.set(key, sums)
+        for key in _SUMS:  # of a partial reset, the library takes the rows that begin and no others
+            tensordict_reset.set(key, torch.zeros(shape, dtype=torch.float64, device=tensordict_reset.device))
         return tensordict_reset
 
     def transform_observation_spec(self, observation_spec: Any) -> Any:
