@@ -15,6 +15,7 @@ from agents.adapters.tianshou_episodes import whole_episodes
 from agents.losses import aggregate, clipped_surrogate, clipped_value, policy_gradient
 from agents.masked import whiten
 from agents.returns import masked_gae
+from tests.agent_fixtures import IdsReward
 from tests.tianshou_fixtures import WARNINGS, collect, episodes_in, make_setup, move
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
@@ -85,6 +86,35 @@ def test_losses_and_advantages_are_tianshous(name: str, critic: str) -> None:
     assert stats.ent_loss.mean == pytest.approx(float(now.entropy[mask].mean()), abs=1e-5)
     total = stats.actor_loss.mean + 0.5 * stats.vf_loss.mean - 0.03 * stats.ent_loss.mean
     assert stats.loss.mean == pytest.approx(total, abs=1e-5)
+
+
+@pytest.mark.parametrize("critic", VARIANTS.values(), ids=VARIANTS)
+def test_the_value_gradient_is_that_of_the_native_loss(critic: str) -> None:
+    """Tianshou's 0.5·(R − V)² in reward units against ours in units of the returns' deviation, whatever that is."""
+    setup = make_setup("a2c", critic=critic, env={"reward": IdsReward(lambda p, r: 100 * sum(r) / len(r))})
+    collect(setup)
+    algorithm, policy = setup.algorithm, setup.algorithm.policy.actor.reader.network.policy
+    with policy_within_training_step(algorithm.policy):
+        batch, indices = setup.collector.buffer.sample(0)
+        batch = algorithm._preprocess_batch(batch, setup.collector.buffer, indices)
+    algorithm.zero_grad()
+    (0.5 * (batch.returns - algorithm.critic(batch.obs).flatten()).pow(2).mean()).backward()
+    theirs = gradients(setup)
+    assert 100 < float(policy.value_head.value_std) < 10_000
+    found = episodes_in(setup)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(e["prompt"] + e["response"]) for e in found], True)
+    starts, counts = (torch.tensor([len(e[key]) for e in found]) for key in ("prompt", "response"))
+    mask = torch.arange(int(counts.max())) < counts[:, None]
+    algorithm.zero_grad()
+    now = policy.evaluate(ids, starts, counts, temperature=1.0)
+    old = grid([e["rew"] for e in found])
+    estimates = masked_gae(old, now.values.detach(), mask, gamma=1.0, gae_lambda=0.98)
+    returns = policy.value_head.normalize(estimates.returns)
+    aggregate(clipped_value(now.normalized_values, returns, returns, None, mask=mask), mask).backward()
+    ours = gradients(setup)
+    assert theirs.keys() == ours.keys()
+    for key, gradient in ours.items():
+        torch.testing.assert_close(theirs[key], gradient, atol=1e-5, rtol=2e-3)
 
 
 # ------------------------------------------------------------------------------------------------- sharing, caching

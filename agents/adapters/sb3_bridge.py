@@ -215,7 +215,10 @@ def settings(
     }
     if issubclass(algorithm, A2C):  # one step a rollout, so a large one
         return common | {"learning_rate": LinearSchedule(1e-3, 0.0, 1.0), "use_rms_prop": False}
-    batch = {"batch_size": -(-steps * venv.num_envs // 4), "n_epochs": 2, "clip_range": 0.2}
+    total = steps * venv.num_envs
+    # The library warns of a last minibatch that is smaller, so as near to four as goes evenly.
+    size = next((total // count for count in range(4, 9) if total % count == 0), -(-total // 4))
+    batch = {"batch_size": size, "n_epochs": 2, "clip_range": 0.2}
     return common | batch | {"learning_rate": LinearSchedule(2e-4, 0.0, 1.0)}
 
 
