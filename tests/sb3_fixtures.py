@@ -11,7 +11,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 
 from agents.adapters import sb3_bridge
-from agents.adapters.sb3_buffers import EpisodeRolloutBuffer
+from agents.adapters.sb3_bridge.buffers import EpisodeRolloutBuffer
 from tests.agent_fixtures import make_env, make_policy
 
 STOCK = {"rollout_buffer_class": None, "rollout_buffer_kwargs": None}

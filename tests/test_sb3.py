@@ -14,8 +14,8 @@ from stable_baselines3.common.vec_env import VecMonitor
 
 import textenv
 from agents.adapters import sb3_bridge
-from agents.adapters.sb3_buffers import EpisodeRolloutBuffer
-from agents.adapters.sb3_env import TextVecEnv
+from agents.adapters.sb3_bridge.buffers import EpisodeRolloutBuffer
+from agents.adapters.sb3_bridge.env import TextVecEnv
 from tests import env_fixtures
 from tests.agent_fixtures import even_share, make_env
 from tests.sb3_fixtures import STOCK, Recording, columns, float64_logprobs, make_model

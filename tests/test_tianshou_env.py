@@ -64,7 +64,13 @@ class Passing(gym.vector.VectorWrapper):
 @pytest.mark.parametrize("kind", ["plain", "wrapped", "top-k"])
 def test_rows_that_rest_disturb_nobody(kind: str) -> None:
     """7 episodes in 4 rows of ragged length: towards the end the Collector steps fewer and fewer of them."""
-    setup = make_setup(k=8 if kind == "top-k" else 0)
+    scored: list[int] = []
+
+    def score(prompt: Any, response: Any) -> float:
+        scored.append(len(response))
+        return 0.0
+
+    setup = make_setup(k=8 if kind == "top-k" else 0, env={"score": score})
     if kind == "wrapped":
         setup.venv.envs = Passing(setup.venv.envs)
     widths = []
@@ -74,6 +80,8 @@ def test_rows_that_rest_disturb_nobody(kind: str) -> None:
     found = episodes_in(setup)
     assert stats.n_collected_episodes == len(found) == 7
     assert min(widths) < 4
+    if kind != "wrapped":
+        assert len(scored) == 7, "nobody plays on for nobody"
     for episode in found:
         start = len(episode["prompt"])
         assert episode["lengths"] == list(range(start, start + len(episode["response"])))

@@ -221,9 +221,10 @@ def test_acting_after_learning_reads_the_new_weights() -> None:
     before = policy.actor(handles)[0]
     policy.train()
     batch, _ = setup.collector.buffer.sample(0)
-    policy(batch)
-    for p in policy.parameters():
-        p.data.mul_(1.1)
+    with torch.no_grad():
+        policy(batch)
+        for p in policy.parameters():
+            p.data.mul_(1.1)
     policy.eval()
     after = policy.actor(handles.copy())[0]
     fresh = StateReader(copy.deepcopy(policy.actor.reader.network), store)
@@ -255,8 +256,12 @@ def test_a_law_is_pytorchs_categorical() -> None:
         torch.testing.assert_close(*grads)
     assert torch.equal(ours.mode, theirs.mode)
     silent = TokenLaw(logits, entropy_gradient=False)
-    assert not silent.entropy().requires_grad and silent.log_prob(chosen).requires_grad
-    torch.testing.assert_close(silent.entropy(), theirs.entropy().detach())
+    entropy = silent.entropy()  # asked first: what it shares with the log-probs must still have a gradient
+    assert not entropy.requires_grad
+    torch.testing.assert_close(entropy, theirs.entropy().detach())
+    torch.testing.assert_close(
+        *(torch.autograd.grad(law.log_prob(chosen).sum(), logits, retain_graph=True) for law in (silent, theirs))
+    )
 
 
 def test_draws_follow_the_law() -> None:

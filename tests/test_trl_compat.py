@@ -29,8 +29,8 @@ from agents.adapters.trl_compat import (
     create_reference_model,
     respond_to_batch,
 )
-from agents.adapters.trl_config import _told
-from agents.adapters.trl_step import RunningScores, pack
+from agents.adapters.trl_compat.config import _told
+from agents.adapters.trl_compat.step import RunningScores, pack
 from tests.conftest import MAKERS, V, make_gpt2, make_llama
 from tests.test_docs import ROOT, run_page
 

@@ -67,10 +67,10 @@ class TokenLaw(Categorical):
 
     def entropy(self) -> Tensor:
         """Entropy, `[B]`."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._entropy_gradient):
-            logits = self._param if self._entropy_gradient else self._param.detach()
-            normalizer = self._normalizer if self._entropy_gradient else self._normalizer.detach()
-            return normalizer - (logits.softmax(-1) * logits).sum(-1)
+        logits, normalizer = self._param, self._normalizer
+        if not self._entropy_gradient:
+            logits, normalizer = logits.detach(), normalizer.detach()
+        return normalizer - (logits.softmax(-1) * logits).sum(-1)
 
 
 class TextPolicy(DiscreteActorPolicy):

@@ -9,12 +9,12 @@ from here to `agents.PPO`.
 
 from __future__ import annotations
 
-from agents.adapters.trl_config import PPOConfig
-from agents.adapters.trl_generate import LengthSampler, respond_to_batch
-from agents.adapters.trl_head import CausalLMOutputWithValue
-from agents.adapters.trl_model import AutoModelForCausalLMWithValueHead
-from agents.adapters.trl_reference import create_reference_model
-from agents.adapters.trl_trainer import PPOTrainer
+from agents.adapters.trl_compat.config import PPOConfig
+from agents.adapters.trl_compat.generate import LengthSampler, respond_to_batch
+from agents.adapters.trl_compat.head import CausalLMOutputWithValue
+from agents.adapters.trl_compat.model import AutoModelForCausalLMWithValueHead
+from agents.adapters.trl_compat.reference import create_reference_model
+from agents.adapters.trl_compat.trainer import PPOTrainer
 
 __all__ = [
     "AutoModelForCausalLMWithValueHead",

@@ -13,8 +13,8 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from agents.adapters.trl_config import PPOConfig
-from agents.adapters.trl_model import AutoModelForCausalLMWithValueHead
+from agents.adapters.trl_compat.config import PPOConfig
+from agents.adapters.trl_compat.model import AutoModelForCausalLMWithValueHead
 from agents.tracking import TensorBoard
 from textenv.kl import AdaptiveKL, FixedKL, KLController
 

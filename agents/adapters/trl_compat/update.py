@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from agents.adapters.trl_config import PPOConfig
-from agents.adapters.trl_step import Batch, evaluate
+from agents.adapters.trl_compat.config import PPOConfig
+from agents.adapters.trl_compat.step import Batch, evaluate
 from agents.diagnostics import clip_fraction, value_clip_fraction
 from agents.losses import aggregate, clipped_surrogate, clipped_value, importance_ratios
 from agents.masked import masked_mean, masked_var, whiten

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from agents.adapters.trl_model import AutoModelForCausalLMWithValueHead
+from agents.adapters.trl_compat.model import AutoModelForCausalLMWithValueHead
 from textenv.dropout import disable_dropout
 from textenv.models import Shared, backbone, unwrap
 

@@ -1,9 +1,4 @@
-"""TorchRL's `GymWrapper`, collector, `GAE` and `ClipPPOLoss` on a language model.
-
-    history = train(policy, envs, iterations=60)
-
-is what the other functions here, each usable alone, put together: `make_env`, `actor_critic`, `make_loss`.
-"""
+"""Training: actor and critic, loss and advantages, and the loop."""
 
 from __future__ import annotations
 
@@ -22,14 +17,12 @@ from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
-from agents.adapters.torchrl_env import KLCharge, make_env
+from agents.adapters.torchrl_bridge.env import make_env
 from agents.policy import ValueHeadLM
 from agents.prefix import PrefixNetwork
 from agents.returns import discounted_returns
 from agents.value_scale import first_value_scale, update_value_scale
 from textenv.task import Task
-
-__all__ = ["KLCharge", "Settings", "actor_critic", "make_env", "make_loss", "train"]
 
 
 class _Reader(nn.Module):

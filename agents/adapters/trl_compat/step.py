@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.adapters.trl_config import KLPenalty, PPOConfig
+from agents.adapters.trl_compat.config import KLPenalty, PPOConfig
 from agents.kl import exact, k1, k2
 from agents.masked import same_shape
 from agents.policy import Evaluation, ValueHeadLM

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agents.adapters.trl_files import ADAPTER, find_file, load_language_model, read_value_head, without_report
+from agents.adapters.trl_compat.files import ADAPTER, find_file, load_language_model, read_value_head, without_report
 from agents.policy import ValueHeadLM
 from agents.policy_files import saved_critic_kind
 from textenv.models import load_config

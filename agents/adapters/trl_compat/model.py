@@ -10,10 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from agents.adapters.trl_config import tell_once
-from agents.adapters.trl_files import forget_adapter, save_adapter
-from agents.adapters.trl_head import CachedOutputWithValue, CausalLMOutputWithValue, VHead
-from agents.adapters.trl_loading import (
+from agents.adapters.trl_compat.config import tell_once
+from agents.adapters.trl_compat.files import forget_adapter, save_adapter
+from agents.adapters.trl_compat.head import CachedOutputWithValue, CausalLMOutputWithValue, VHead
+from agents.adapters.trl_compat.loading import (
     is_peft,
     live_model,
     load_policy,

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from agents.adapters.trl_config import PPOConfig
-from agents.adapters.trl_generate import Layout, respond, warn_of_another_law
-from agents.adapters.trl_model import AutoModelForCausalLMWithValueHead
-from agents.adapters.trl_reference import create_reference_model, reference_of
-from agents.adapters.trl_runtime import (
+from agents.adapters.trl_compat.config import PPOConfig
+from agents.adapters.trl_compat.generate import Layout, respond, warn_of_another_law
+from agents.adapters.trl_compat.model import AutoModelForCausalLMWithValueHead
+from agents.adapters.trl_compat.reference import create_reference_model, reference_of
+from agents.adapters.trl_compat.runtime import (
     LocalProcess,
     check_arguments,
     choose_device,
@@ -27,7 +27,7 @@ from agents.adapters.trl_runtime import (
     make_dataloader,
     make_tracker,
 )
-from agents.adapters.trl_step import (
+from agents.adapters.trl_compat.step import (
     RunningScores,
     charged_kl,
     checked_scores,
@@ -36,7 +36,7 @@ from agents.adapters.trl_step import (
     recorded,
     token_rewards,
 )
-from agents.adapters.trl_update import estimate, objective, run_epochs, summary, warn_of_negative_kl
+from agents.adapters.trl_compat.update import estimate, objective, run_epochs, summary, warn_of_negative_kl
 from textenv.reference import Reference
 
 Stats = dict[str, float | np.ndarray]

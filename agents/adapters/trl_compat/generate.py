@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.adapters.trl_model import AutoModelForCausalLMWithValueHead, evaluating
+from agents.adapters.trl_compat.model import AutoModelForCausalLMWithValueHead, evaluating
 from agents.sampling.transformers_sampler import draw
 
 # What generate does if neither its arguments nor the model's generation config say anything, and what leaves the law

@@ -1,10 +1,4 @@
-"""Stable-baselines3's own `PPO`, `A2C` and `MaskablePPO` (sb3-contrib) on a language model, unmodified.
-
-    model = make(PPO, policy, envs)
-    history = learn(model, iterations=60)
-
-is what `PPO(**settings(PPO, policy, envs))` and `model.learn(timesteps, callback=TextCallback())` are.
-"""
+"""Training: the settings that suit text, and the callback that charges the KL."""
 
 from __future__ import annotations
 
@@ -22,26 +16,13 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, unwrap_vec_wrapper
 
 import textenv.kl as kl
-from agents.adapters.sb3_buffers import EpisodeRolloutBuffer, MaskableEpisodeRolloutBuffer
-from agents.adapters.sb3_env import TextVecEnv
-from agents.adapters.sb3_policy import LivePolicy, MaskableTextPolicy, TextPolicy
+from agents.adapters.sb3_bridge.buffers import EpisodeRolloutBuffer, MaskableEpisodeRolloutBuffer
+from agents.adapters.sb3_bridge.env import TextVecEnv
+from agents.adapters.sb3_bridge.policy import LivePolicy, MaskableTextPolicy, TextPolicy
 from agents.policy import ValueHeadLM
 from agents.returns import discounted_returns
 from agents.value_scale import first_value_scale, update_value_scale
 from textenv.task import Task
-
-__all__ = [
-    "EpisodeRolloutBuffer",
-    "LivePolicy",
-    "MaskableEpisodeRolloutBuffer",
-    "MaskableTextPolicy",
-    "TextCallback",
-    "TextPolicy",
-    "TextVecEnv",
-    "learn",
-    "make",
-    "settings",
-]
 
 
 class TextCallback(BaseCallback):
