@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from agents import Agent, ValueHeadLM
+from agents import PPO, Agent, PPOConfig, ValueHeadLM
 from agents.algorithms import RECIPES
 from scripts.valence import make_env, model_folder
 
@@ -41,8 +41,11 @@ def native(name: str, note: str = "", **changes: Any) -> Entry:
         torch.manual_seed(seed)
         algorithm = RECIPES[name]()
         policy = ValueHeadLM.from_pretrained(model_folder(), critic="separate" if algorithm.critic else "shared")
-        agent = Agent(policy, make_env(), algorithm, replace(algorithm.defaults, **changes, seed=seed))
-        episodes = agent.config.batch_episodes
+        config = replace(algorithm.defaults, **changes, seed=seed)
+        # A PPOConfig is all of PPO, components and loop.
+        ppo = isinstance(config, PPOConfig)
+        agent = PPO(policy, make_env(), config) if ppo else Agent(policy, make_env(), algorithm, config)
+        episodes = config.batch_episodes
 
         def train() -> Sequence[Mapping[str, float]]:
             return [
