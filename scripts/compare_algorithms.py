@@ -63,7 +63,7 @@ def run(name: str, seed: int) -> dict[str, Any]:
     start = time.process_time()
     history = [(int(row["episodes"]), row["score"], row["kl"]) for row in train() if row["episodes"]]
     seconds = time.process_time() - start
-    last = _last(history, 320)
+    last = last_means(history, 320)
     return {
         "algorithm": name,
         "seed": seed,
@@ -77,7 +77,7 @@ def run(name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def _last(history: Sequence[tuple[int, float, float]], episodes: int) -> tuple[float, float]:
+def last_means(history: Sequence[tuple[int, float, float]], episodes: int) -> tuple[float, float]:
     """Mean score and KL of the last rows that make at least so many episodes."""
     count = score = kl = 0.0
     for n, one_score, one_kl in reversed(history):

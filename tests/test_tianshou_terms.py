@@ -217,16 +217,21 @@ def test_acting_after_learning_reads_the_new_weights() -> None:
     collect(setup)
     policy, store = setup.algorithm.policy, setup.venv.store
     handles, _ = setup.venv.reset()
-    policy.eval()
-    before = policy.actor(handles)[0]
-    policy.train()
     batch, _ = setup.collector.buffer.sample(0)
+
+    def act() -> torch.Tensor:
+        policy.eval()
+        logits = policy.actor(handles.copy())[0]
+        policy.train()
+        return logits
+
     with torch.no_grad():
+        policy(batch)
+        before = act()
         policy(batch)
         for p in policy.parameters():
             p.data.mul_(1.1)
-    policy.eval()
-    after = policy.actor(handles.copy())[0]
+    after = act()
     fresh = StateReader(copy.deepcopy(policy.actor.reader.network), store)
     torch.testing.assert_close(after, fresh.logits(handles, acting=True))
     assert float((after - before).abs().max()) > 0.1
