@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from agents.policy import ValueHeadLM
 from agents.prefix_cache import PrefixCache, distinct_rows
 from agents.slots import flat_hidden
-from agents.weights import weights_stamp
+from agents.weights import held_weights, weights_stamp
 from textenv.logprobs import packed_logprobs
 from textenv.models import backbone, output_head
 
@@ -83,8 +83,9 @@ class PrefixNetwork(nn.Module):
     """A `ValueHeadLM` as the actor and the critic of any library.
 
     What it keeps is dropped by itself when a weight moves by an optimizer, an in-place operation, `load_state_dict`
-    or an adapter that is switched, and at each forward with gradients. Only after a write through `p.data` or NumPy
-    must `clear()` be called. A copy or pickle of the network keeps nothing.
+    or an adapter that is switched. A forward with gradients ends what acting kept, and a backward what that forward
+    kept. Only after a write into `p.data` or through NumPy must `clear()` be called. A copy or pickle of the network
+    keeps nothing.
 
     Attributes:
         policy: Whose logits and values these are.
@@ -113,8 +114,8 @@ class PrefixNetwork(nn.Module):
             raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
         self.policy, self.temperature = policy, temperature
         self.cache, self.share = cache, share
-        self._actor = _Trunk(cache, share)
-        self._critic = self._actor if policy.critic_backbone is None else _Trunk(cache, share)
+        self._actor = _Trunk()
+        self._critic = self._actor if policy.critic_backbone is None else _Trunk()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[B, V]` and values `[B]` of right-padded rows `[B, L]`, `attention_mask` nonzero at tokens."""
@@ -140,7 +141,7 @@ class PrefixNetwork(nn.Module):
         if not bool(inside[:, 0].all() & (inside[:, 1:] <= inside[:, :-1]).all()):
             raise ValueError("attention_mask: expected tokens first and padding on the right, and no empty row")
         device = self.policy.device
-        ids, lengths = input_ids.to(device, torch.int64), inside.sum(1).to(device)
+        ids, lengths = input_ids.where(inside, 0).to(device, torch.int64), inside.sum(1).to(device)
         if self.share and torch.is_grad_enabled():
             return distinct_prefixes(ids, lengths)
         return own_rows(ids, lengths)
@@ -166,12 +167,12 @@ class PrefixNetwork(nn.Module):
     def values(self, states: Prefixes) -> Tensor:
         """Values `[B]` float32, in reward units."""
         head, trunk = self.policy.value_head, self.policy.critic_backbone
-        hidden = self._critic.hidden(self.policy.lm if trunk is None else trunk, states)
+        hidden = self._critic.hidden(self.policy.lm if trunk is None else trunk, states, self.cache, self.share)
         return head.denormalize(head(hidden))
 
     def hidden(self, states: Prefixes) -> Tensor:
         """Final hidden states `[B, H]` of the policy's trunk, for a head of your own."""
-        return self._actor.hidden(self.policy.lm, states)
+        return self._actor.hidden(self.policy.lm, states, self.cache, self.share)
 
     def next_logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits `[B, V]`, *not* divided by the temperature: an environment's `policy`, which divides them itself."""
@@ -187,44 +188,44 @@ class PrefixNetwork(nn.Module):
 class _Trunk:
     """Hidden states of one trunk: from the cache, from the forward that was just done, or from a new one."""
 
-    def __init__(self, cache: bool, share: bool) -> None:
-        self.cache, self.share = cache, share
+    def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
         self._stored = PrefixCache()
         self._stamp: tuple[Any, ...] = ()
+        self._held: list[Tensor] = []
         self._last: _Last | None = None
 
-    def hidden(self, model: Any, states: Prefixes) -> Tensor:
+    def hidden(self, model: Any, states: Prefixes, cache: bool, share: bool) -> Tensor:
         stamp = weights_stamp(model)
         if stamp != self._stamp:
             self.clear()
-            self._stamp = stamp
+            self._stamp, self._held = stamp, held_weights(model)
         learning = torch.is_grad_enabled()
         if learning:
             # Weights that learn are about to change, and some libraries write them through `p.data`.
             self._stored.clear()
         else:
             own = _are_own_rows(states)
-            if own and self.cache and (cached := self._from_cache(model, states)) is not None:
+            if own and cache and (cached := self._from_cache(model, states, share)) is not None:
                 return cached
-            if own and self.share:
+            if own and share:
                 states = distinct_prefixes(states.ids, states.at)
         if self._last is None or not self._last.serves(states):
             self._last = None  # free it before the next takes its place
             last = _Last(model, states)
-            if not (learning or self.cache):
+            if not (learning or cache):
                 return last.at(states)  # without a cache nothing is kept between forwards without gradients
             self._last = last
         return self._last.at(states)
 
-    def _from_cache(self, model: Any, states: Prefixes) -> Tensor | None:
+    def _from_cache(self, model: Any, states: Prefixes, share: bool) -> Tensor | None:
         """None where sharing is cheaper: a batch of prefixes of each other is one to learn from."""
         ids, lengths = states.ids.cpu().numpy(), states.lengths.cpu().numpy()
         sources = self._stored.known(ids, lengths)
         new = np.flatnonzero(sources < 0)
-        if self.share and len(new):
+        if share and len(new):
             anew = lengths[new][distinct_rows(ids[new], lengths[new])[0]].sum()
             shared = int(distinct_prefixes(states.ids, states.lengths).lengths.sum())
             if 2 * shared <= anew + len(ids) - len(new):
@@ -232,10 +233,10 @@ class _Trunk:
         return self._stored.hidden(model, ids, lengths, sources)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Trunk:
-        return _Trunk(self.cache, self.share)
+        return _Trunk()
 
-    def __reduce__(self) -> tuple[Callable[..., _Trunk], tuple[bool, bool]]:
-        return _Trunk, (self.cache, self.share)
+    def __reduce__(self) -> tuple[Callable[[], _Trunk], tuple[()]]:
+        return _Trunk, ()
 
 
 class _Last:

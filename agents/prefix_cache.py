@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from textenv.recompute import Decoder
-from textenv.row_cache import row_decoder
+from textenv.row_cache import RowDecoder, plain_attention, row_decoder
 
 
 class PrefixCache:
@@ -28,6 +28,7 @@ class PrefixCache:
         self._ids = np.zeros((0, 0), dtype=np.int64)  # on the host: deciding what is new must not wait for the device
         self._lengths = np.zeros(0, dtype=np.int64)
         self._hidden: Tensor | None = None
+        self._width = 0  # up to which the decoder is known to be right
 
     def clear(self) -> None:
         """Forget everything."""
@@ -70,12 +71,19 @@ class PrefixCache:
         before, self._hidden = self._hidden, None  # whatever fails from here on leaves nothing half-written to read
         # Not inference mode, whose tensors could not be written outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            if before is None or (sources < 0).all():
+            if before is None or (sources < 0).all() or not self._fits(model, ids.shape[1]):
                 hidden = self._read(model, ids, lengths)
             else:
                 hidden = self._extend(ids, lengths, sources)
         self._ids, self._lengths, self._hidden = ids.copy(), lengths.copy(), hidden
         return hidden
+
+    def _fits(self, model: Any, width: int) -> bool:
+        """Whether the decoder may go on: rows may outgrow an attention window that a short row did not feel."""
+        if width > self._width and isinstance(self._decoder, RowDecoder) and not plain_attention(model, width):
+            return False
+        self._width = max(width, self._width)
+        return True
 
     def _same(self, ids: np.ndarray, lengths: np.ndarray) -> bool:
         return (
@@ -88,6 +96,7 @@ class PrefixCache:
         """All rows anew; equal rows are read once."""
         first, place = distinct_rows(ids, lengths)
         decoder = self._decoder = row_decoder(model, len(first), ids.shape[1])
+        self._width = ids.shape[1]
         hidden = decoder.prefill(None, torch.from_numpy(ids[first]), torch.from_numpy(lengths[first]))
         if len(first) < len(ids):
             places = torch.from_numpy(place)

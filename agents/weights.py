@@ -18,24 +18,36 @@ def weights_stamp(*models: nn.Module | None) -> tuple[Any, ...]:
 
     It holds each tensor's address and version, the state of each adapter, and how many steps any optimizer has done:
     fused optimizers move no version, and `load_state_dict(assign=True)` puts new tensors in place of the old, so they
-    are listed afresh each time. Autocast is part of it, as it changes what a forward gives.
+    are listed afresh each time. Autocast is part of it, as it changes what a forward gives. Keep `held_weights` beside
+    it, or an old tensor's address may become a new one's.
 
-    A write through `p.data`, or through NumPy, leaves no trace: who writes so must say so.
+    A write into `p.data`, or through NumPy, leaves no trace: who writes so must say so.
 
     Args:
         *models: What is read; None is skipped.
     """
     _count_optimizer_steps()
     adapter = _adapter_class()
-    stamp: list[Any] = [_optimizer_steps, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")]
+    stamp: list[Any] = [_optimizer_steps]
+    for device in ("cpu", "cuda"):
+        stamp.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
     for model in models:
         for module in model.modules() if model is not None else ():
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    stamp += (tensor.data_ptr(), _version(tensor))
+            for tensor in _tensors(module):
+                stamp += (tensor.data_ptr(), _version(tensor))
             if adapter is not None and isinstance(module, adapter):
                 stamp.append(_adapter_state(module))
     return tuple(stamp)
+
+
+def held_weights(model: nn.Module) -> list[Tensor]:
+    """Aliases that keep a model's present tensors from being freed, and their addresses from being given to others."""
+    return [tensor.detach() for module in model.modules() for tensor in _tensors(module)]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Of the module itself, not of those inside it."""
+    return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
 
 
 def _version(tensor: Tensor) -> int:

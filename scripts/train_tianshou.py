@@ -22,8 +22,6 @@ from typing import Any, Literal
 import torch
 import tyro
 from rich.console import Console
-from tianshou.utils import TensorboardLogger
-from torch.utils.tensorboard import SummaryWriter
 
 import textenv
 from agents import ValueHeadLM, evaluate
@@ -71,6 +69,9 @@ class Flags:
 
 def main(flags: Flags) -> None:
     """Evaluate, train, evaluate again, report."""
+    from tianshou.utils import TensorboardLogger
+    from torch.utils.tensorboard import SummaryWriter
+
     console = Console()
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)

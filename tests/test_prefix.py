@@ -379,6 +379,65 @@ def test_load_state_dict_is_noticed(assign: bool) -> None:
         check(network, rows)
 
 
+def test_new_tensors_at_old_addresses_are_noticed() -> None:
+    """`vector_to_parameters` replaces each `p.data`; the allocator likes to give the same addresses again."""
+    network = PrefixNetwork(make_policy())
+    rows = [[5, 6, 7], [8, 9]]
+    vector = torch.nn.utils.parameters_to_vector(network.policy.lm.parameters()).detach()
+    with torch.no_grad():
+        for factor in (1.1, 0.9, 1.2, 0.8, 1.3, 0.7):
+            for scale in (2.0, factor):
+                torch.nn.utils.vector_to_parameters(vector * scale, network.policy.lm.parameters())
+            check(network, rows)
+
+
+def test_another_autocast_is_noticed() -> None:
+    network = PrefixNetwork(make_policy())
+    rows = [[5, 6, 7], [8, 9]]
+    found = []
+    with torch.no_grad():
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype=dtype):
+                found.append(network(*batch(rows))[0])
+    assert not torch.equal(*found)
+
+
+def test_rows_may_outgrow_an_attention_window() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = MistralConfig(vocab_size=V, num_key_value_heads=2, sliding_window=8, initializer_range=0.3, **sizes)
+    policy = ValueHeadLM(MistralForCausalLM(config).eval())
+    policy.value_head.rescale_values(2.0, 3.0, preserve=False)
+    network, rows = PrefixNetwork(policy), [[5, 6, 7], [8, 9, 10]]
+    with torch.no_grad():
+        for token_id in range(20, 20 + LENGTH - 3):
+            rows = [[*row, token_id] for row in rows]
+            ids = torch.tensor(rows)  # no wider than the rows: the cache must grow
+            logits, _ = network(ids, torch.ones_like(ids))
+            expected = torch.stack([alone(policy, row)[0] for row in rows])
+            assert torch.allclose(logits, expected, atol=TOLERANCE)
+
+
+def test_switches_act_at_once() -> None:
+    network = PrefixNetwork(make_policy())
+    rows = [[5, 6, 7], [8, 9]]
+    with torch.no_grad():
+        network(*batch(rows))
+        network.cache = False
+        for parameter in network.policy.lm.parameters():
+            parameter.data.mul_(1.2)
+        check(network, rows)
+
+
+def test_padding_may_be_anything() -> None:
+    network = PrefixNetwork(make_policy())
+    rows = [[5, 6, 7], [8, 9]]
+    for learning in (True, False):
+        with torch.set_grad_enabled(learning):
+            check(network, rows, pad=-1)
+
+
 def test_adapters_switched_on_and_off_are_noticed() -> None:
     from peft import LoraConfig, get_peft_model
 

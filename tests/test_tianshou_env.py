@@ -12,7 +12,7 @@ import pytest
 from tianshou.data import VectorReplayBuffer
 
 from agents.adapters.tianshou_bridge import TextBatchEnv, TokenStore, make_collector
-from tests.agent_fixtures import make_env
+from tests.agent_fixtures import even_share, make_env
 from tests.tianshou_fixtures import WARNINGS, collect, episodes_in, make_setup, make_venv
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in WARNINGS]
@@ -91,15 +91,20 @@ def test_rows_that_rest_disturb_nobody(kind: str) -> None:
 
 
 def test_tianshou_may_carry_info_in_its_batches() -> None:
-    venv = TextBatchEnv(make_env(num_envs=2, autoreset_mode="Disabled"), info_keys=("score", "response_length"))
     setup = make_setup(rows=2)
-    collector = make_collector(
-        setup.algorithm.policy, TextBatchEnv(venv.envs, store=setup.venv.store, info_keys=venv.info_keys)
-    )
+    venv = TextBatchEnv(setup.venv.envs, store=setup.venv.store, info_keys=("score", "response_length"))
+    collector = make_collector(setup.algorithm.policy, venv)
     collector.reset()
-    collector.collect(n_episode=2)
-    lengths = collector.buffer.info.response_length[collector.buffer.sample_indices(0)]
-    assert lengths.tolist()[:2] == [1, 2] or lengths.tolist()[0] == 1
+    collector.collect(n_episode=4)
+    buffer = collector.buffer
+    every = buffer.sample_indices(0)
+    batch = buffer[every]
+    starts = [venv.store.episode(number).prompt_length for number in batch.obs[:, 0].tolist()]
+    assert batch.info.response_length.tolist() == (batch.obs[:, 1] - starts + 1).tolist()
+    assert (batch.info.score[~batch.terminated] == 0).all()
+    for number, score in zip(batch.obs[batch.terminated, 0].tolist(), batch.info.score[batch.terminated], strict=True):
+        tokens, start, _ = venv.store.episode(number)
+        assert score == pytest.approx(even_share([], tokens[start:].tolist()))
 
 
 # ------------------------------------------------------------------------------------------------- memory

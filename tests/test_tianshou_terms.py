@@ -11,7 +11,7 @@ import torch
 from tianshou.utils.torch_utils import policy_within_training_step
 
 from agents.adapters.tianshou_bridge import EpisodeBatch, StateReader, TextActor, TextPolicy, TokenLaw
-from agents.adapters.tianshou_episodes import whole_episodes
+from agents.adapters.tianshou_bridge.episodes import whole_episodes
 from agents.losses import aggregate, clipped_surrogate, clipped_value, policy_gradient
 from agents.masked import whiten
 from agents.returns import masked_gae

@@ -33,12 +33,13 @@ def row_decoder(model: Any, rows: int, columns: int) -> Decoder:
         rows: Number of rows.
         columns: Most tokens that a row will hold.
     """
-    if _plain_attention(model, columns):
+    if plain_attention(model, columns):
         return RowDecoder(model, rows, columns)
     return RecomputeDecoder(model, rows, columns)
 
 
-def _plain_attention(model: Any, columns: int) -> bool:
+def plain_attention(model: Any, columns: int) -> bool:
+    """Whether a cache of keys and values serves rows of so many tokens."""
     accepted = inspect.signature(backbone(model).forward).parameters
     if "past_key_values" not in accepted or "position_ids" not in accepted:
         return False
@@ -257,9 +258,10 @@ class RowDecoder:
     def _reserve(self, columns: int) -> None:
         if columns <= self._columns:
             return
-        if not _plain_attention(self._shared, columns):
+        if not plain_attention(self._shared, columns):
             raise ValueError(f"columns: this model's attention window is shorter than {columns}; use row_decoder(...)")
-        self._columns = max(columns, 2 * self._columns)
+        # Room for as many again, but not beyond an attention window.
+        self._columns = max(columns, 2 * self._columns) if plain_attention(self._shared, 2 * self._columns) else columns
         self._position_ids = torch.arange(self._columns, device=self._device)
         for layer in self._layers:
             layer.grow(self._columns)

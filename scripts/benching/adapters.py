@@ -35,10 +35,19 @@ def run(rounds: int, model: Path | None, tell: Callable[[str], None]) -> tuple[s
     competitors = [Competitor(NATIVE, lambda: _native(folder))]
     competitors += _tianshou(folder) + _sb3(folder)
     timings = measure(competitors, rounds, tell)
-    text = _TEXT.format(
-        rows=ROWS, tokens=TOKENS, prompt=PROMPT, epochs=EPOCHS, minibatches=MINIBATCHES, model=Path(folder).name
-    )
-    return text + table(timings, [NATIVE]) + "\n", timings
+    return page(timings, Path(folder).name), timings
+
+
+def page(timings: Sequence[Timing], model: str) -> str:
+    """What is said of the timings."""
+    text = _TEXT.format(rows=ROWS, tokens=TOKENS, prompt=PROMPT, epochs=EPOCHS, minibatches=MINIBATCHES, model=model)
+    cpu = {timing.name: timing.cpu for timing in timings}
+    lines = [
+        f"- {library}: stock {cpu[f'{library}, naive'] / cpu[f'{library}, stock']:.1f} times less than naive, "
+        f"by episode {cpu[f'{library}, naive'] / cpu[f'{library}, by episode']:.1f} times less.\n"
+        for library in ("Tianshou", "Stable-Baselines3")
+    ]
+    return text + table(timings, [NATIVE]) + "\n" + "".join(lines)
 
 
 def _policy(folder: Path) -> ValueHeadLM:

@@ -11,8 +11,8 @@ import torch
 from tianshou.utils.net.common import AbstractDiscreteActor, ModuleWithVectorOutput
 from torch import Tensor, nn
 
-from agents.adapters.tianshou_collect import KLCharge
-from agents.adapters.token_store import TokenStore
+from agents.adapters.tianshou_bridge.collect import KLCharge
+from agents.adapters.tianshou_bridge.token_store import TokenStore
 from agents.prefix import Prefixes, PrefixNetwork
 from agents.slots import scale_gradient
 from agents.value_scale import first_value_scale, update_value_scale

@@ -16,13 +16,13 @@ from tianshou.algorithm.modelfree.trpo import TRPO
 from tianshou.data import Collector
 from torch import nn
 
-from agents.adapters import tianshou_episodes as by_episode
-from agents.adapters.tianshou_collect import KLCharge, TextCollectStats, charge_of, make_collector
-from agents.adapters.tianshou_env import TextBatchEnv
-from agents.adapters.tianshou_optim import AdamFactory
-from agents.adapters.tianshou_policy import TextPolicy
-from agents.adapters.tianshou_reader import StateReader, TextActor, TextCritic
-from agents.adapters.tianshou_soft import (
+import agents.adapters.tianshou_bridge.episodes as by_episode
+from agents.adapters.tianshou_bridge.collect import KLCharge, TextCollectStats, charge_of, make_collector
+from agents.adapters.tianshou_bridge.env import TextBatchEnv
+from agents.adapters.tianshou_bridge.optim import AdamFactory
+from agents.adapters.tianshou_bridge.policy import TextPolicy
+from agents.adapters.tianshou_bridge.reader import StateReader, TextActor, TextCritic
+from agents.adapters.tianshou_bridge.soft import (
     SoftDQN,
     SoftQCritic,
     SoftQModel,
@@ -87,7 +87,7 @@ class TianshouConfig:
     """PPO, A2C: weight of the entropy bonus."""
     trust_region_size: float = 0.1
     """NPG: length of the step along the natural gradient."""
-    max_kl: float = 0.01
+    max_kl: float = 0.02
     """TRPO: bound of KL(π_old‖π) per token of a step."""
     critic_iterations: int = 5
     """NPG, TRPO: steps of the critic in each minibatch."""
@@ -128,7 +128,7 @@ class TianshouConfig:
 
 DEFAULTS: dict[str, TianshouConfig] = {
     "ppo": TianshouConfig(),
-    "a2c": TianshouConfig(epochs=1, learning_rate=6e-4),
+    "a2c": TianshouConfig(epochs=1, learning_rate=4e-4),
     "reinforce": TianshouConfig(epochs=1, learning_rate=6e-4),
     "npg": TianshouConfig(epochs=1, minibatches=1, learning_rate=1e-3),
     "trpo": TianshouConfig(epochs=1, minibatches=1, learning_rate=1e-3),

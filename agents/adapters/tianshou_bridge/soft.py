@@ -20,9 +20,9 @@ from tianshou.algorithm.modelfree.dqn import DQN, DiscreteQLearningPolicy
 from tianshou.data import Batch
 from torch import Tensor, nn
 
-from agents.adapters.tianshou_env import TextBatchEnv
-from agents.adapters.tianshou_policy import TokenLaw
-from agents.adapters.tianshou_reader import StateReader, TextActor, TextCritic
+from agents.adapters.tianshou_bridge.env import TextBatchEnv
+from agents.adapters.tianshou_bridge.policy import TokenLaw
+from agents.adapters.tianshou_bridge.reader import StateReader, TextActor, TextCritic
 from textenv.kl import FixedKL
 
 

@@ -12,7 +12,7 @@ from tianshou.algorithm.algorithm_base import Algorithm
 from tianshou.data import Collector, CollectStats, SequenceSummaryStats, VectorReplayBuffer
 from torch import Tensor
 
-from agents.adapters.tianshou_env import TextBatchEnv
+from agents.adapters.tianshou_bridge.env import TextBatchEnv
 from textenv import kl
 
 

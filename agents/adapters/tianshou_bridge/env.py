@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 from tianshou.env import BaseVectorEnv
 from torch import Tensor
 
-from agents.adapters.token_store import TokenStore
+from agents.adapters.tianshou_bridge.token_store import TokenStore
 from textenv.task import Task
 from textenv.wrappers import VectorTopKActions
 

@@ -6,9 +6,9 @@
 or the parts, for an algorithm of your own; see docs/tianshou.md.
 """
 
-from agents.adapters.tianshou_collect import KLCharge, TextCollectStats, charge_of, make_collector
-from agents.adapters.tianshou_env import TextBatchEnv
-from agents.adapters.tianshou_episodes import (
+from agents.adapters.tianshou_bridge.collect import KLCharge, TextCollectStats, charge_of, make_collector
+from agents.adapters.tianshou_bridge.env import TextBatchEnv
+from agents.adapters.tianshou_bridge.episodes import (
     ByEpisode,
     EpisodeA2C,
     EpisodeBatch,
@@ -18,10 +18,10 @@ from agents.adapters.tianshou_episodes import (
     EpisodeReplayBuffer,
     EpisodeTRPO,
 )
-from agents.adapters.tianshou_optim import AdamFactory
-from agents.adapters.tianshou_policy import TextPolicy, TokenLaw
-from agents.adapters.tianshou_reader import StateReader, TextActor, TextCritic
-from agents.adapters.tianshou_recipes import (
+from agents.adapters.tianshou_bridge.optim import AdamFactory
+from agents.adapters.tianshou_bridge.policy import TextPolicy, TokenLaw
+from agents.adapters.tianshou_bridge.reader import StateReader, TextActor, TextCritic
+from agents.adapters.tianshou_bridge.recipes import (
     ALGORITHMS,
     DEFAULTS,
     Setup,
@@ -30,9 +30,17 @@ from agents.adapters.tianshou_recipes import (
     use_eager_attention,
     uses_eager_attention,
 )
-from agents.adapters.tianshou_soft import SoftDQN, SoftQ, SoftQCritic, SoftQModel, SoftQPolicy, SoftSAC, SoftSACPolicy
-from agents.adapters.tianshou_training import train
-from agents.adapters.token_store import TokenStore
+from agents.adapters.tianshou_bridge.soft import (
+    SoftDQN,
+    SoftQ,
+    SoftQCritic,
+    SoftQModel,
+    SoftQPolicy,
+    SoftSAC,
+    SoftSACPolicy,
+)
+from agents.adapters.tianshou_bridge.token_store import TokenStore
+from agents.adapters.tianshou_bridge.training import train
 
 __all__ = [
     "ALGORITHMS",

@@ -11,8 +11,8 @@ import torch
 from tianshou.trainer import OffPolicyTrainer, OffPolicyTrainerParams, OnPolicyTrainer, OnPolicyTrainerParams
 from tianshou.utils import BaseLogger
 
-from agents.adapters.tianshou_collect import TextCollectStats, charge_of
-from agents.adapters.tianshou_recipes import Setup
+from agents.adapters.tianshou_bridge.collect import TextCollectStats, charge_of
+from agents.adapters.tianshou_bridge.recipes import Setup
 
 Callback = Callable[[int, Mapping[str, float]], Any]
 """`(iterations done, metrics)`; returning False ends `train`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution
 from torch.distributions.utils import lazy_property
 
-from agents.adapters.tianshou_reader import TextActor
+from agents.adapters.tianshou_bridge.reader import TextActor
 from agents.sampling.transformers_sampler import draw
 
 
