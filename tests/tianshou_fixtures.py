@@ -93,7 +93,7 @@ def episodes_in(setup: Setup) -> list[dict[str, Any]]:
                 "number": number,
                 "prompt": tokens[:start].tolist(),
                 "response": tokens[start:].tolist(),
-                "candidates": candidates,
+                "candidates": None if candidates is None else candidates[:-1],
                 "lengths": buffer.obs[places][:, 1].tolist(),
                 "next_lengths": buffer.obs_next[places][:, 1].tolist(),
                 "act": buffer.act[places].tolist(),

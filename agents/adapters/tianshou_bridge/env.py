@@ -50,8 +50,7 @@ class TextBatchEnv(BaseVectorEnv):
         """Wrap an environment.
 
         Args:
-            envs: Made by `gym.make_vec("RLHF-Text-v0", ..., vector_kwargs={"autoreset_mode": "Disabled"})`, wrapped
-                or not.
+            envs: Made by `gym.make_vec("RLHF-Text-v0", ..., autoreset_mode="Disabled")`, wrapped or not.
             store: That of another environment, so that one policy reads both; None: a new one.
             info_keys: What of the info goes into Tianshou's batches, at the price of one dict per row and step.
 

@@ -46,7 +46,7 @@ def whole_episodes(episodes: np.ndarray, parts: int) -> list[np.ndarray]:
 
     Args:
         episodes: `[N]`: the episode of each transition.
-        parts: How many; fewer if there are fewer episodes.
+        parts: How many; fewer if there are fewer episodes, or a part would be a single transition.
 
     >>> [part.tolist() for part in whole_episodes(np.array([7, 7, 7]), 2)]
     [[0, 1, 2]]
@@ -58,8 +58,15 @@ def whole_episodes(episodes: np.ndarray, parts: int) -> list[np.ndarray]:
     part_of = np.empty(len(counts), dtype=np.int64)
     part_of[order] = np.minimum(middles * parts / len(episodes), parts - 1).astype(np.int64)
     part = part_of[owner]
-    chosen = (np.flatnonzero(part == number) for number in range(parts))
-    return [indices for indices in chosen if len(indices)]
+    chosen: list[np.ndarray] = []
+    for number in range(parts):
+        indices = np.flatnonzero(part == number)
+        # Advantages are normalised within a part, and one number has no deviation: a single transition joins others.
+        if chosen and (len(indices) == 1 or len(chosen[-1]) == 1):
+            chosen[-1] = np.concatenate([chosen[-1], indices])
+        elif len(indices):
+            chosen.append(indices)
+    return chosen
 
 
 class ByEpisode:

@@ -59,7 +59,7 @@ class AdamFactory(OptimizerFactory):
 
 
 class LinearToZero(LRSchedulerFactory):
-    """The learning rate falls linearly, to 0 after so many updates."""
+    """The learning rate falls linearly, to 0 after so many updates, and begins again: another run learns too."""
 
     def __init__(self, updates: int) -> None:
         """Fall over `updates`."""
@@ -67,4 +67,4 @@ class LinearToZero(LRSchedulerFactory):
 
     def create_scheduler(self, optim: torch.optim.Optimizer) -> LambdaLR:
         """For one optimizer."""
-        return LambdaLR(optim, lambda update: max(0.0, 1.0 - update / self.updates))
+        return LambdaLR(optim, lambda update: 1.0 - (update % self.updates) / self.updates)

@@ -42,7 +42,7 @@ class Episode(NamedTuple):
     prompt_length: int
     """How many of the tokens are the prompt."""
     candidates: np.ndarray | None
-    """`[T, k]`: the tokens to choose from in each state that was acted in; None where every token is one."""
+    """`[T + 1, k]`: the tokens to choose from in each state, the last one too; None where every token is one."""
 
 
 class RunningRows:
@@ -75,9 +75,9 @@ class RunningRows:
         return Episode(self._tokens[row, :length], start, candidates)
 
     def end(self, row: int) -> Episode:
-        """The episode of a row as a copy of its own; nothing is chosen in its last state."""
+        """The episode of a row as a copy of its own; a cut episode is bootstrapped from its last state."""
         tokens, start, candidates = self.look(row)
-        return Episode(tokens.copy(), start, None if candidates is None else candidates[:-1].copy())
+        return Episode(tokens.copy(), start, None if candidates is None else candidates.copy())
 
     def write(self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Prompts of rows that begin: `tokens` `[r, L]` right-padded, `lengths` `[r]`."""
@@ -243,7 +243,7 @@ class TokenStore:
             device: Where to.
 
         Raises:
-            ValueError: If the store does not hold them; nothing is chosen in a terminal state.
+            ValueError: If the store does not hold them.
         """
         if not self.candidate_count:
             raise ValueError("handles: expected states with candidates, got a store in which every token is one")
@@ -254,7 +254,7 @@ class TokenStore:
             tokens, start, candidates = episodes[place]
             assert candidates is not None
             if not start <= length < start + len(candidates):
-                raise ValueError(f"handles: expected states that were acted in, got length {length} of {len(tokens)}")
+                raise ValueError(f"handles: expected a state after the prompt, got length {length} of {len(tokens)}")
             chosen[row] = candidates[length - start]
         return torch.from_numpy(chosen).to(device)
 

@@ -24,7 +24,11 @@ class MinibatchTrainer(OnPolicyTrainer):
     minibatches = 1
 
     def _update_step(self, collect_stats: Any = None) -> Any:
-        self.params.batch_size = max(1, collect_stats.n_collected_steps // self.minibatches)
+        steps = collect_stats.n_collected_steps
+        if steps < 2:
+            raise ValueError(f"episodes: expected a collection of at least 2 tokens to learn from, got {steps}")
+        # Not 1: advantages are normalised within a minibatch, and one number has no deviation.
+        self.params.batch_size = max(2, steps // self.minibatches)
         return super()._update_step(collect_stats)
 
 
