@@ -14,7 +14,7 @@ import torch
 
 import agents.checkpoint as checkpoint
 from agents.algorithms.base import Algorithm
-from agents.compatibility import check_parts, check_settings, check_task
+from agents.compatibility import check_actions, check_parts, check_settings, check_task
 from agents.config import TrainConfig
 from agents.evaluation import Evaluation, evaluate
 from agents.metrics import rollout_metrics, update_metrics
@@ -74,6 +74,7 @@ class Agent:
         if self.config.eval_every and not eval_prompts:
             raise ValueError("eval_prompts: expected held-out prompts, because eval_every is set, got none")
         self.task = envs.unwrapped.task
+        check_actions(envs)
         check_task(algorithm, self.task)
         self.sampler = sampler or TransformersSampler(policy)
         self.eval_prompts = None if eval_prompts is None else self.task.tokenize(eval_prompts)
@@ -128,7 +129,9 @@ class Agent:
             prompts: One group of `group_size` episodes each; None: the next of the environment's prompts, as many as
                 make `batch_episodes` episodes.
         """
-        check_task(self.algorithm, self.task)  # the environment may have been told of a policy since
+        # The environment may have been wrapped, or told of a policy, since.
+        check_actions(self.envs)
+        check_task(self.algorithm, self.task)
         group = self.algorithm.group_size
         if prompts is None:
             chosen = [self.task.prompts[index] for index in self.prompts.take(self.config.batch_episodes)[::group]]

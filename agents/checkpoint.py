@@ -109,7 +109,7 @@ class Saved:
                 is given is another.
         """
         if given is None:
-            return replace(description.make(self.state["algorithm"]), defaults=self.config())
+            return replace(description.make(self.state["algorithm"]), defaults=self.config().loop)
         description.check_same(given, self.state["algorithm"])
         return given
 

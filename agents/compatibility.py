@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from agents.algorithms.base import Algorithm
+from agents.algorithms.base import Algorithm, OnPolicy
 from agents.algorithms.recipes import from_config
 from agents.config import PPOConfig, TrainConfig
 from agents.policy import ValueHeadLM
@@ -41,8 +42,17 @@ def check_settings(algorithm: Any, config: Any) -> TrainConfig:
     config = algorithm.defaults if config is None else config
     if not isinstance(config, TrainConfig):
         raise ValueError(f"config: expected a TrainConfig, got {type(config).__name__}")
-    if isinstance(config, PPOConfig) and algorithm != from_config(config):
-        raise ValueError(f"config: expected a TrainConfig, because {algorithm.name} brings the rest, got a PPOConfig")
+    if isinstance(config, PPOConfig) and not _acts(config, algorithm):
+        raise ValueError(
+            f"config: expected a TrainConfig, because the {algorithm.name} given has an estimator, an objective or a "
+            "critic of its own, in whose place those settings of a PPOConfig would not act, got a PPOConfig"
+        )
+    once = isinstance(algorithm.objective, OnPolicy) and algorithm.objective.on_policy
+    if once and config.epochs * config.minibatches > 1:
+        raise ValueError(
+            f"epochs, minibatches: expected 1 and 1, because {algorithm.objective!r} has no ratio and is right for one "
+            f"step on a rollout, got {config.epochs} and {config.minibatches}"
+        )
     if config.batch_episodes % algorithm.group_size:
         size = f"group_size={algorithm.group_size}"
         raise ValueError(f"batch_episodes: expected a multiple of {size}, got {config.batch_episodes}")
@@ -51,6 +61,27 @@ def check_settings(algorithm: Any, config: Any) -> TrainConfig:
         if algorithm.critic is None and value != without:
             raise ValueError(f"{name}: expected {without}, because {algorithm.name} has no critic, got {value}")
     return config
+
+
+def _acts(config: PPOConfig, algorithm: Algorithm) -> bool:
+    """Whether the algorithm has the parts that the config describes; it may be grouped or averaged as it likes."""
+    described = from_config(config)
+    same = {"estimator": described.estimator, "objective": described.objective, "critic": described.critic}
+    return algorithm == replace(algorithm, **same)
+
+
+def check_actions(envs: Any) -> None:
+    """Raise unless any token may be chosen.
+
+    Raises:
+        ValueError: If the environment offers candidates.
+    """
+    top_k = envs.unwrapped.core.actions.reference.top_k
+    if top_k is not None:
+        raise ValueError(
+            "envs: expected no TopKActions, because the agent's sampler and its log-probs are of the whole vocabulary, "
+            f"got one with k={top_k.k}"
+        )
 
 
 def check_task(algorithm: Algorithm, task: Task) -> None:

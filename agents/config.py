@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from agents.checks import at_least, number
@@ -88,6 +88,11 @@ class TrainConfig:
             raise ValueError(
                 f"lr_schedule: expected one of {', '.join(get_args(LrSchedule))}, got {self.lr_schedule!r}"
             )
+
+    @property
+    def loop(self) -> TrainConfig:
+        """The settings of the loop alone: those of this class."""
+        return TrainConfig(**{field.name: getattr(self, field.name) for field in fields(TrainConfig)})
 
     @property
     def forward_episodes(self) -> int:

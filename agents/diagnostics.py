@@ -93,10 +93,12 @@ def clip_fraction(
     mask: Tensor,
     *,
     clip_eps_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> Tensor:
     """Fraction of tokens whose gradient the clip removes: ρ > 1 + ε_high and Â > 0, or ρ < 1 - ε and Â < 0.
 
-    A ratio outside of the trust region on the side where the minimum is not clipped does not count.
+    With a dual clip c also ρ > c and Â < 0. A ratio outside of the trust region on the side where the minimum is not
+    clipped does not count.
 
     Args:
         logprobs: log π(a), `[B, T]`.
@@ -105,20 +107,30 @@ def clip_fraction(
         clip_eps: half-width ε.
         mask: bool `[B, T]`.
         clip_eps_high: half-width on the upper side; `clip_eps` when None.
+        dual_clip: c > 1, or None for no bound.
 
     Returns:
         A scalar in [0, 1].
 
     Raises:
-        ValueError: if shapes differ or a half-width is negative.
+        ValueError: if shapes differ, a half-width is negative, or `dual_clip` is not above 1.
 
     >>> clip_fraction(torch.zeros(1, 3), torch.full((1, 3), -1.0), torch.tensor([[1.0, -1.0, 1.0]]), 0.2,
     ...     torch.tensor([[True, True, False]]))
     tensor(0.5000)
     """
-    clipped = clipped_surrogate(logprobs, old_logprobs, advantages, clip_eps, clip_eps_high=clip_eps_high, mask=mask)
+    clipped = clipped_surrogate(
+        logprobs,
+        old_logprobs,
+        advantages,
+        clip_eps,
+        clip_eps_high=clip_eps_high,
+        dual_clip=dual_clip,
+        mask=mask,
+    )
     unclipped = -clean(advantages, mask) * importance_ratios(logprobs, old_logprobs, mask=mask)
-    return masked_mean(clipped > unclipped, mask)
+    # The trust region raises a loss, the dual clip lowers one.
+    return masked_mean(clipped != unclipped, mask)
 
 
 @torch.no_grad()

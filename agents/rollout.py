@@ -65,6 +65,8 @@ class Rollout:
     """`[B]` int64: episodes of one number answer one prompt; None: each is alone."""
     greedy: Tensor | None = None
     """`[B]`: what the greedy response to the same prompt was paid, without its KL; None if it was not asked for."""
+    task_rewards: Tensor | None = None
+    """`[B, T]`: `rewards` before any KL: score and penalties; None: `rewards` hold no KL."""
     memory: Mapping[str, float] = field(default_factory=dict)
     """What the estimator remembers of earlier updates; the agent fills it in."""
 
@@ -130,7 +132,7 @@ def collect(
         with_values: Whether there is a critic to ask.
         with_greedy: Whether each prompt's greedy response is sampled and scored too.
         charge_kl: Whether the rewards are charged; False where a loss is.
-        autocast: Makes the context of each forward.
+        autocast: Makes the context of each forward, the reference's too, so that both round alike; not the reward's.
 
     Raises:
         ValueError: If there are no prompts, or as `sample` and `replay`.
@@ -147,7 +149,7 @@ def collect(
     with autocast():
         old = _evaluate(policy, task, ids, starts, lengths, microbatch_episodes, with_values)
     evaluated = time.perf_counter()
-    record = replay(task, prompts, samples.responses, old.logprobs)
+    record = replay(task, prompts, samples.responses, old.logprobs, reference_scope=autocast)
     rewards = _clipped(record, score_clip)
     rewards = _charged(task, record, rewards, old.logprobs) if charge_kl else rewards
     greedy = None if greedy_samples is None else _greedy_returns(task, each, greedy_samples, score_clip)
@@ -175,6 +177,7 @@ def collect(
         seconds={"sample": sampled - start, "evaluate": evaluated - sampled, "reward": rewarded - evaluated},
         groups=torch.arange(len(prompts), device=task.device) // group_size,
         greedy=None if greedy is None else greedy.repeat_interleave(group_size),
+        task_rewards=_without_kl(record, score_clip),
     )
 
 
@@ -209,6 +212,13 @@ def _clipped(record: ReplayRecord, score_clip: float | None) -> Tensor:
     return record.rewards - paid + paid.clamp(-score_clip, score_clip)
 
 
+def _without_kl(record: ReplayRecord, score_clip: float | None) -> Tensor:
+    """Score and penalties, whoever charges the KL: added up, because taking the KL away again would round."""
+    paid = record.reward_parts["score"]
+    clipped = paid if score_clip is None else paid.clamp(-score_clip, score_clip)
+    return clipped + record.reward_parts["missing_eos"]
+
+
 def _charged(task: Task, record: ReplayRecord, rewards: Tensor, logprobs: Tensor) -> Tensor:
     """Rewards with the KL charged exactly once."""
     return kl.charge(
@@ -237,7 +247,7 @@ def _greedy_responses(sampler: Sampler, task: Task, prompts: Sequence[Sequence[i
 def _greedy_returns(task: Task, prompts: Sequence[Sequence[int]], samples: Samples, score_clip: float | None) -> Tensor:
     """What those were paid, `[prompts]`: score and penalties, whoever charges the KL."""
     record = replay(task, prompts, samples.responses, samples.logprobs)
-    return (_clipped(record, score_clip) - record.reward_parts["kl"]).sum(1)
+    return _without_kl(record, score_clip).sum(1)
 
 
 def _evaluate(

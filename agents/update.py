@@ -42,13 +42,18 @@ def targets(rollout: Rollout, algorithm: Algorithm, config: TrainConfig) -> Targ
     """What the algorithm's estimator makes of a rollout.
 
     Raises:
-        ValueError: If it gives advantages of another shape, or no returns though there is a critic.
+        ValueError: If it gives advantages of another shape, no returns though there is a critic, or a memory that a
+            checkpoint could not keep.
     """
     if config.whiten_rewards:
         rollout = replace(rollout, rewards=whiten(rollout.rewards, rollout.mask, shift_mean=False))
     found = algorithm.estimator(rollout, config.gamma)
     if not isinstance(found, Targets):
         raise ValueError(f"estimator: expected it to return Targets, got {type(found).__name__}")
+    for name, value in found.memory.items():
+        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, int | float):
+            got = f"{type(value).__name__} under {name!r}"
+            raise ValueError(f"estimator: expected Targets with a memory of numbers by name, got {got}")
     same_shape(mask=rollout.mask, advantages=found.advantages)
     if algorithm.critic is not None:
         if found.returns is None:

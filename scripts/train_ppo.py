@@ -1,8 +1,8 @@
 """Train a language model with PPO or another algorithm, and show what changed.
 
 Without flags it trains the embedded storyteller to write happier stories, evaluates it before and after on openings it
-was not trained on, and writes everything to `runs/ppo`: `metrics.jsonl`, TensorBoard events, `samples.md`,
-`learning_curve.png`, `report.html`, and the policy as a Hugging Face folder.
+was not trained on, and writes everything to `runs/ppo`, of another algorithm to `runs/` and its name: `metrics.jsonl`,
+TensorBoard events, `samples.md`, `learning_curve.png`, `report.html`, and the policy as a Hugging Face folder.
 
     python scripts/train_ppo.py
     python scripts/train_ppo.py --policy.model my-sft-model --env.reward my-reward-model --env.prompts prompts.txt
@@ -79,7 +79,7 @@ class Flags:
     save_every: int = 10
     """Updates between checkpoints; 0: at the end only."""
     out: Path = Path("runs/ppo")
-    """Folder of everything that is written."""
+    """Folder of everything that is written; of another algorithm, `runs/` and its name."""
     resume: bool = False
     """Go on from the checkpoint in `out`."""
     threads: int | None = None
@@ -99,7 +99,7 @@ def main(flags: Flags) -> None:
     parameters = sum(p.numel() for p in agent.policy.lm.parameters()) / 1e6
     name = agent.algorithm.name.upper()
     console.print(f"[bold]{name}[/] on {model} ({parameters:.1f}M parameters, {agent.task.device}) → {flags.out}")
-    if flags.resume and (agent.algorithm, agent.config) != chosen(flags):
+    if flags.resume and _differ(agent, *chosen(flags)):
         console.print("[yellow]The checkpoint's settings are kept; those of the flags differ and are ignored.[/]")
     if not flags.resume:
         shutil.rmtree(flags.out / "tensorboard", ignore_errors=True)  # or TensorBoard would mix the runs
@@ -141,7 +141,7 @@ def parse(args: Sequence[str] | None = None) -> Flags:
     default = Flags()
     if choice.algorithm != default.algorithm:
         suited = PPOConfig(**asdict(RECIPES[choice.algorithm]().defaults))
-        default = Flags(algorithm=choice.algorithm, ppo=suited)
+        default = Flags(algorithm=choice.algorithm, ppo=suited, out=Path("runs") / choice.algorithm)
     return tyro.cli(Flags, args=args, default=default, description=__doc__)
 
 
@@ -162,13 +162,18 @@ def chosen(flags: Flags) -> tuple[Algorithm, TrainConfig]:
     if flags.algorithm == "ppo" and flags.group_size is None:
         return from_config(flags.ppo), flags.ppo
     algorithm = from_config(flags.ppo) if flags.algorithm == "ppo" else RECIPES[flags.algorithm]()
-    loop = {f.name: getattr(flags.ppo, f.name) for f in fields(TrainConfig)}
+    loop, shared = flags.ppo.loop, {f.name for f in fields(TrainConfig)}
     for f in fields(PPOConfig):
         value = getattr(flags.ppo, f.name)
-        if flags.algorithm != "ppo" and f.name not in loop and value != f.default:
+        if flags.algorithm != "ppo" and f.name not in shared and value != f.default:
             raise ValueError(f"ppo.{f.name}: expected none, because {algorithm.name} has no such setting, got {value}")
     group_size = algorithm.group_size if flags.group_size is None else flags.group_size
-    return replace(algorithm, group_size=group_size), TrainConfig(**loop)
+    return replace(algorithm, group_size=group_size), loop
+
+
+def _differ(agent: Agent, algorithm: Algorithm, config: TrainConfig) -> bool:
+    """Whether a run goes on with other settings; an algorithm's `defaults` act only where there are no others."""
+    return agent.config != config or replace(agent.algorithm, defaults=algorithm.defaults) != algorithm
 
 
 def build(flags: Flags) -> tuple[Agent, list[Any]]:

@@ -5,7 +5,7 @@ Without flags PPO trains the embedded storyteller to write happier stories. Ever
 policy as a Hugging Face folder. DQN and SAC choose among the reference's `top-k` most probable tokens.
 
     python scripts/train_tianshou.py
-    python scripts/train_tianshou.py --algorithm trpo --config.max-kl 0.02
+    python scripts/train_tianshou.py --algorithm trpo --config.max-kl 0.01
     python scripts/train_tianshou.py --algorithm dqn --top-k 32
     python scripts/train_tianshou.py --policy.model my-sft-model --env.reward my-reward-model --env.prompts prompts.txt
 """

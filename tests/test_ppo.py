@@ -156,7 +156,9 @@ def test_update_metrics_equal_plain_loops(name: str) -> None:
         expect["loss/value"].append(oracles.clipped_value(u, ou, target, value_eps))
         expect["kl/update"].append(ratio - 1 - (lp - olp))
         expect["ratio/mean"].append(ratio)
-        expect["clip/policy"].append(float((adv > 0 and ratio > 1 + high) or (adv < 0 and ratio < 1 - eps)))
+        bound = math.inf if config.dual_clip is None else config.dual_clip
+        outside = (adv > 0 and ratio > 1 + high) or (adv < 0 and (ratio < 1 - eps or ratio > bound))
+        expect["clip/policy"].append(float(outside))
         if value_eps is not None:
             unclipped = oracles.clipped_value(u, ou, target, None)
             expect["clip/value"].append(float(oracles.clipped_value(u, ou, target, value_eps) > unclipped))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sb3_contrib import MaskablePPO
-from stable_baselines3 import PPO
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 import textenv
@@ -79,7 +79,7 @@ def test_options_reach_the_environment_at_the_next_reset() -> None:
     [
         (lambda: make_env(autoreset_mode="NextStep"), "NEXT_STEP"),
         (lambda: make_env(obs_type="torch"), "obs_type"),
-        (lambda: gym.make("RLHF-Text-v0", **env_fixtures.options()), "make_vec"),
+        (lambda: gym.make("RLHF-Text-v0", **env_fixtures.options()), r"gym\.make_vec .*, got TextEnv"),
         (lambda: gym.make_vec("CartPole-v1", 2), "make_vec"),
     ],
 )
@@ -133,7 +133,6 @@ def test_the_kl_is_charged_exactly_once(mode: str, source: str, credit: str, buf
     model = make_model(changes=changes, autoreset_mode=mode, kl_credit=credit, temperature=0.8)
     if source == "policy":
         model.env.unwrapped.text_envs.attach(model.policy.network.next_logits)
-        model.rollout_buffer.owes_kl = False
     record = Recording(model.rollout_buffer)
     [row] = sb3_bridge.learn(model, 1)
     expected = expected_rewards(model, record, 0.1, source, credit)
@@ -164,17 +163,59 @@ def test_a_sum_goes_on_over_rollouts_and_calls_of_learn() -> None:
     assert np.abs(rewards - expected_rewards(model, record, 0.1, "agent", "sequence")).max() < 1e-4
 
 
-@pytest.mark.parametrize("callbacks", [0, 2])
-def test_learning_without_the_charge_or_with_two_is_refused(callbacks: int) -> None:
-    model = make_model()
-    with pytest.raises(ValueError, match=f"callback: .*got {6 * callbacks} charges of 6 steps"):
+@pytest.mark.parametrize("buffer", ["ours", "stock"])
+@pytest.mark.parametrize("algorithm", [PPO, A2C, MaskablePPO])
+@pytest.mark.parametrize(("callbacks", "got"), [(0, "none"), (2, "a second one")])
+def test_learning_without_the_charge_or_with_two_is_refused(
+    callbacks: int, got: str, algorithm: Any, buffer: str
+) -> None:
+    model = make_model(algorithm, STOCK if buffer == "stock" else {})
+    before = model.policy.parameters_to_vector()
+    with pytest.raises(ValueError, match=f"callback: expected .*TextCallback.*, got {got}"):
         model.learn(36, callback=[sb3_bridge.TextCallback() for _ in range(callbacks)])
+    assert (model.policy.parameters_to_vector() == before).all()
+    sb3_bridge.learn(model, 2)  # as it should be done, nothing is left of it
+
+
+def test_one_step_a_rollout_owes_its_charge_too() -> None:
+    model = make_model(changes={"n_steps": 1, "batch_size": 6, "n_epochs": 1})
+    sb3_bridge.learn(model, 3)
+    with pytest.raises(ValueError, match=r"callback: .*got none"):
+        model.learn(36)
+
+
+def test_evaluation_and_calls_by_hand_owe_nothing() -> None:
+    model = make_model()
+    observation = model.env.reset()
+    for _ in range(3):
+        observation = model.env.step(model.predict(observation)[0])[0]
+    states = {key: torch.from_numpy(value) for key, value in observation.items()}
+    for _ in range(2):
+        model.policy(states)
+    model.policy.set_training_mode(False)
+    with torch.no_grad():
+        model.policy(states)
+    sb3_bridge.learn(model, 1)
 
 
 def test_no_reference_owes_no_charge() -> None:
     model = make_model(kl_coef=0.0)
     model.learn(36)
-    assert sb3_bridge.learn(model, 1)[0]["kl"] == 0.0
+    [row] = sb3_bridge.learn(model, 1)
+    assert np.isnan(row["kl"]) and row["objective"] == row["score"] > 0 and row["kl_coef"] == 0
+
+
+def test_every_rollout_has_its_row() -> None:
+    """Episodes of exactly 6 tokens, rollouts of 2: two of three see no end."""
+    controller = AdaptiveKL(0.1, target=1e-3, horizon=100.0)
+    model = make_model(changes={"n_steps": 2, "learning_rate": 0.0}, stop_token_ids=[], kl_coef=controller)
+    history = sb3_bridge.learn(model, 6)
+    assert [row["episodes"] for row in history] == [0, 0, 6, 0, 0, 6]
+    assert [row["timesteps"] for row in history] == [12, 24, 36, 48, 60, 72]
+    for row in history:
+        for key in ("score", "kl", "objective", "response_length"):
+            assert np.isnan(row[key]) == (row["episodes"] == 0)
+    assert controller.value == pytest.approx(0.1 * 1.012**2)  # moved by the rollouts that saw an end
 
 
 def test_beta_moves_once_a_rollout() -> None:
@@ -207,6 +248,26 @@ def test_truncation_is_bootstrapped_and_charged() -> None:
     scores = [even_share(row[: int(n)], row[int(n) :]) for row, n in _rows(values)]
     expected[-1] += bootstrap - scores
     assert np.abs(bootstrap).min() > 1e-3 and np.abs(model.rollout_buffer.rewards - expected).max() < 1e-4
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_a_new_critic_foresees_the_mean_of_what_is_cut_too(gamma: float) -> None:
+    """V = μ everywhere, after the cut as well: δ_t = r_t + (γ − 1)μ, at the last token too."""
+    changes = {"learning_rate": 0.0, "n_steps": 6, "gamma": gamma, "gae_lambda": 0.9}
+    model = make_model(changes=changes, critic="shared", length_end="truncate", stop_token_ids=[])
+    record = Recording(model.rollout_buffer)
+    sb3_bridge.learn(model, 1)
+    paid = expected_rewards(model, record, 0.1, "agent", "token")
+    actions = columns(model.rollout_buffer, "actions").astype(int)
+    for row in range(6):  # what is cut has no score
+        prompt = record.prefixes[0][row]
+        paid[-1, row] -= even_share(prompt, actions[:, row].tolist())
+    mean = float(model.rollout_buffer.values.flat[0])
+    advantage, found = np.zeros(6), columns(model.rollout_buffer, "advantages")
+    for t in reversed(range(6)):
+        advantage = paid[t] + (gamma - 1) * mean + gamma * 0.9 * advantage
+        assert np.abs(found[t] - advantage).max() < 1e-4
+    assert abs(mean) > 0.01
 
 
 def _rows(observations: list[dict[str, np.ndarray]]) -> list[tuple[list[int], int]]:

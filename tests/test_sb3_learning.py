@@ -18,9 +18,10 @@ from agents.losses import clipped_surrogate, clipped_value
 from agents.masked import whiten
 from agents.returns import gae
 from tests.agent_fixtures import even_share, make_env, make_policy
-from tests.conftest import make_llama
+from tests.conftest import make_gpt2, make_llama
 from tests.sb3_fixtures import STOCK, Recording, columns, float64_logprobs, make_model
 from tests.test_docs import ROOT, run_page
+from textenv.wrappers import VectorTopKActions
 
 FORBIDDEN = range(1, 64, 4)
 
@@ -252,8 +253,18 @@ def test_what_cannot_learn_is_refused() -> None:
         sb3_bridge.make(PPO, policy, make_env(num_envs=2, kl_source="reference"))
     with pytest.raises(ValueError, match=r"algorithm: .*DQN"):
         sb3_bridge.settings(DQN, policy, make_env(num_envs=2))  # type: ignore[arg-type]
+    other = make_policy(make_llama(vocab_size=72))
+    with pytest.raises(ValueError, match="policy: expected the reference's vocabulary of 64, got 72"):
+        sb3_bridge.make(PPO, other, make_env(num_envs=2))
+    with pytest.raises(ValueError, match=r"envs: expected the actions to be the tokens, .*, got Discrete\(8\)"):
+        sb3_bridge.make(PPO, policy, VectorTopKActions(make_env(num_envs=2), k=8))
+    with pytest.raises(ValueError, match=r"max_new_tokens: .*the policy's context of 8, got 4 \+ 6"):
+        sb3_bridge.make(PPO, make_policy(make_gpt2(n_positions=8)), make_env(num_envs=2))
+    with pytest.raises(ValueError, match="policy: expected a ValueHeadLM"):
+        sb3_bridge.make(PPO, make_llama(), make_env(num_envs=2))
+    settings = sb3_bridge.settings(PPO, policy, make_env(num_envs=2))
     with pytest.raises(ValueError, match=r"lm: .*vocabulary"):
-        sb3_bridge.make(PPO, make_policy(make_llama(vocab_size=72)), make_env(num_envs=2))
+        PPO(**settings | {"policy_kwargs": {"lm": sb3_bridge.LivePolicy(other)}})
     settings = sb3_bridge.settings(PPO, policy, make_env(num_envs=2, temperature=0.5))
     settings["policy_kwargs"] |= {"temperature": 1.0}
     with pytest.raises(ValueError, match=r"temperature: expected the environment's 0\.5"):

@@ -114,6 +114,27 @@ def test_every_recipe_is_an_algorithm_of_the_command_line() -> None:
                 assert getattr(config, setting) == getattr(expected.defaults, setting), (name, setting)
 
 
+def test_the_default_folder_is_of_the_algorithm() -> None:
+    from scripts.train_ppo import parse
+
+    assert parse([]).out == Path("runs/ppo")
+    assert parse(["--algorithm", "grpo"]).out == Path("runs/grpo")
+    assert parse(["--algorithm", "grpo", "--out", "elsewhere"]).out == Path("elsewhere")
+
+
+@pytest.mark.parametrize("name", ["ppo", "rloo"])
+def test_resuming_says_that_flags_differ_only_where_they_do(
+    tmp_path: Path, world: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*world, *PPO_FLAGS, "--algorithm", name, "--ppo.schedule-updates", "3", "--out", tmp_path / "run"]
+    run("train_ppo", *flags, "--iterations", 1)
+    for more in ([], ["--ppo.learning-rate", "1e-3"], ["--group-size", "2"]):
+        capsys.readouterr()
+        run("train_ppo", *flags, *more, "--iterations", 1, "--resume")
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("those of the flags differ" in shown) == bool(more), more
+
+
 def test_another_algorithm_trains_and_resumes(tmp_path: Path, world: list[str]) -> None:
     flags = [*world, *PPO_FLAGS, "--algorithm", "rloo", "--group-size", "2", "--ppo.schedule-updates", "3"]
     for name, iterations in (("whole", [2]), ("parts", [1, 2])):

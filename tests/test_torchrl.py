@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -13,10 +14,13 @@ from agents.losses import clipped_surrogate, clipped_value
 from agents.masked import whiten
 from agents.prefix import PrefixNetwork
 from agents.returns import gae
+from tests import env_fixtures
 from tests.agent_fixtures import even_share, make_env, make_policy
+from tests.conftest import make_gpt2, make_llama
 from tests.sb3_fixtures import float64_logprobs
 from tests.test_docs import ROOT, run_page
 from textenv.kl import AdaptiveKL
+from textenv.wrappers import VectorTopKActions
 
 with warnings.catch_warnings():
     # torchrl 0.14 deprecates a base class of its own collectors while they are imported.
@@ -82,8 +86,29 @@ def test_what_it_cannot_learn_from_is_refused() -> None:
         torchrl_bridge.make_env(make_env(num_envs=2, constraint=lambda response: [20]))
     with pytest.raises(ValueError, match="make_vec"):
         torchrl_bridge.make_env(GymWrapper)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"envs: expected gym\.make_vec .*, got TextEnv"):
+        torchrl_bridge.make_env(gym.make("RLHF-Text-v0", **env_fixtures.options()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="epochs"):
         torchrl_bridge.Settings(epochs=0)
+
+
+def test_a_policy_that_does_not_fit_is_refused() -> None:
+    envs = make_env(num_envs=2, autoreset_mode="Disabled")
+    with pytest.raises(ValueError, match="policy: expected the reference's vocabulary of 64, got 72"):
+        torchrl_bridge.train(make_policy(make_llama(vocab_size=72)), envs, 1)
+    with pytest.raises(ValueError, match=r"envs: expected the actions to be the tokens, .*64.*, got Discrete\(8\)"):
+        torchrl_bridge.train(make_policy(), VectorTopKActions(envs, k=8), 1)
+    with pytest.raises(ValueError, match=r"max_new_tokens: .*the policy's context of 8, got 4 \+ 6"):
+        torchrl_bridge.train(make_policy(make_gpt2(n_positions=8)), envs, 1)
+    for count in (0, True):
+        with pytest.raises(ValueError, match="iterations: expected an integer >= 1"):
+            torchrl_bridge.train(make_policy(), envs, count)
+
+
+def test_without_a_reference_there_is_no_kl() -> None:
+    envs = make_env(num_envs=4, autoreset_mode="Disabled", kl_coef=0.0)
+    [row] = torchrl_bridge.train(make_policy(), envs, 1)
+    assert np.isnan(row["kl"]) and row["objective"] == row["score"] > 0 and row["kl_coef"] == 0
 
 
 def test_a_policy_that_tells_no_log_prob_is_refused() -> None:

@@ -1189,6 +1189,12 @@ def spoilt(change: str) -> tuple:
         masks[4] = torch.zeros_like(masks[4])
     elif change == "float":
         responses[0] = responses[0].float()
+    elif change == "column":
+        scores = torch.zeros(6, 1)  # type: ignore[assignment]
+    elif change == "integers":
+        scores = torch.zeros(6, dtype=torch.int64)  # type: ignore[assignment]
+    elif change == "short":
+        scores = torch.zeros(5)  # type: ignore[assignment]
     return queries, responses, scores, masks
 
 
@@ -1203,6 +1209,9 @@ def spoilt(change: str) -> tuple:
         ("vector", r"scores\[3\]: expected one finite number"),
         ("mask", r"response_masks\[4\]: expected shape"),
         ("float", r"responses\[0\]: expected token ids"),
+        ("column", r"scores: expected list\(scores\), or .*, got shape \(6, 1\) of torch.float32"),
+        ("integers", r"scores: expected list\(scores\), or .*, got shape \(6,\) of torch.int64"),
+        ("short", "scores: expected a list of batch_size=6 tensors, got 5 of them"),
     ],
 )
 def test_a_bad_batch_names_its_row_and_changes_nothing(change: str, message: str, tiny_tokenizer: Any) -> None:
@@ -1256,6 +1265,62 @@ def test_command_lines_read_the_settings() -> None:
     assert config.adap_kl_ctrl is False and config.mini_batch_size == 8
     tyro = pytest.importorskip("tyro")
     assert tyro.cli(PPOConfig, args=["--batch-size", "8", "--kl-penalty", "mse"]).kl_penalty == "mse"
+
+
+def test_a_row_beyond_the_context_is_named(tiny_tokenizer: Any) -> None:
+    queries, responses, scores = episodes()
+    responses[2] = torch.arange(3, 19)
+    trainer = make_trainer(tiny_tokenizer, make_gpt2(n_positions=16))
+    with pytest.raises(ValueError, match=r"responses\[2\]: .*the model's context of 16, got"):
+        trainer.step(queries, responses, scores)
+
+
+def test_scores_may_be_one_tensor(tiny_tokenizer: Any) -> None:
+    queries, responses, scores = episodes()
+    trainers = [make_trainer(tiny_tokenizer) for _ in range(2)]
+    first = trainers[0].step(queries, responses, scores)
+    second = trainers[1].step(queries, responses, torch.stack([score.reshape(()) for score in scores]))
+    assert distance(weights(trainers[0].model), weights(trainers[1].model)) == 0
+    assert first["ppo/mean_scores"] == second["ppo/mean_scores"] != 0
+
+
+@pytest.mark.parametrize("name", ["compute_rewards", "loss", "batched_forward_pass", "compute_advantages"])
+def test_a_subclass_that_would_be_ignored_is_refused(name: str) -> None:
+    override = {name: lambda self, *args: None}
+    with pytest.raises(TypeError, match=f"Mine: expected no method .* got {name};"):
+        type("Mine", (PPOTrainer,), override)
+    with pytest.raises(TypeError, match=f"Mine: expected no method .* got {name};"):
+        type("Mine", (type("Mixin", (), override), PPOTrainer), {})
+
+
+def test_a_subclass_of_the_outside_works(tiny_tokenizer: Any) -> None:
+    class Counting(PPOTrainer):
+        steps = 0
+
+        def step(self, *args: Any, **kwargs: Any) -> Any:
+            self.steps += 1
+            return super().step(*args, **kwargs)
+
+    trainer = Counting(PPOConfig(batch_size=6, accelerator_kwargs=CPU), make_model(), None, tiny_tokenizer)
+    trainer.step(*episodes())
+    assert trainer.steps == 1
+
+
+def test_the_other_names_of_the_library_are_there(tiny_tokenizer: Any) -> None:
+    adaptive = compat.AdaptiveKLController(init_kl_coef=0.2, target=6.0, horizon=100)
+    adaptive.update(current := 12.0, n_steps := 10)
+    assert current > 6 and adaptive.value == pytest.approx(0.2 * (1 + 0.2 * n_steps / 100))
+    fixed = compat.FixedKLController(kl_coef=0.3)
+    fixed.update(12.0, 10)
+    assert fixed.value == 0.3
+    assert isinstance(make_trainer(tiny_tokenizer).kl_ctl, compat.AdaptiveKLController)
+    assert isinstance(make_trainer(tiny_tokenizer, adap_kl_ctrl=False).kl_ctl, compat.FixedKLController)
+    compat.set_seed(3)
+    expected = torch.Generator().manual_seed(3)
+    assert torch.equal(torch.rand(4), torch.rand(4, generator=expected))
+    for make in (compat.AutoModelForSeq2SeqLMWithValueHead.from_pretrained, compat.AutoModelForSeq2SeqLMWithValueHead):
+        with pytest.raises(ValueError, match="got an encoder-decoder"):
+            make("t5-small")
 
 
 def test_bad_arguments_of_the_trainer_are_named(tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

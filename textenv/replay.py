@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ def replay(
     logprobs: Sequence[Sequence[float]] | Tensor | None = None,
     *,
     aborted: Sequence[bool] | None = None,
+    reference_scope: Callable[[], AbstractContextManager] = nullcontext,
 ) -> ReplayRecord:
     """What `step` would have paid for these responses, under the same `kl_source`.
 
@@ -36,6 +38,7 @@ def replay(
         responses: B responses as token ids, a stop token included.
         logprobs: log π of the response tokens, ragged or `[B, T]`; optional.
         aborted: `[B]`, true where something outside the MDP cut the response: unscored, truncated.
+        reference_scope: Makes the context of the reference's forward: autocast, where π is computed under it.
 
     Returns:
         The record; `task` is as it was.
@@ -66,7 +69,8 @@ def replay(
     given = None if logprobs is None else _given_logprobs(logprobs, response_lengths, device)
     ref = torch.zeros(mask.shape, device=device)
     if task.reference is not None:
-        ref = task.reference.logprobs(ids, prompt_lengths, response_lengths, allowed)
+        with reference_scope():
+            ref = task.reference.logprobs(ids, prompt_lengths, response_lengths, allowed)
         if task.kl_source == "policy" and given is None:
             given = _ask_policy(task, ids, prompt_lengths, response_lengths, allowed)
     terminated, truncated = dynamics.endings(reasons, length_end=task.options.length_end)

@@ -71,6 +71,16 @@ class Needing(Protocol):
         ...
 
 
+@runtime_checkable
+class OnPolicy(Protocol):
+    """An objective that says whether it is right for the first step on a rollout alone, as one without a ratio is."""
+
+    @property
+    def on_policy(self) -> bool:
+        """True: epochs and minibatches must be 1."""
+        ...
+
+
 @dataclass(frozen=True)
 class ValueLoss:
     """A critic, and how it learns: ½ (u − u_R)², in units of the returns' variance."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from agents.algorithms import aggregation, estimators, objectives
@@ -43,10 +44,17 @@ def describe(part: Any) -> Any:
     {'type': 'GAE', 'settings': {'lam': 0.95}}
     >>> describe(len)
     {'yours': 'builtins.len'}
+    >>> describe((1, 2))
+    {'type': 'tuple', 'settings': {'0': 1, '1': 2}}
     """
     if part is None or isinstance(part, bool | int | float | str):
         return part
     kind = type(part)
+    if kind in (tuple, list):
+        return {"type": kind.__name__, "settings": {str(place): describe(value) for place, value in enumerate(part)}}
+    if kind is partial:
+        arguments = {"function": part.func, "args": part.args, **{f"{key}=": v for key, v in part.keywords.items()}}
+        return {"type": "partial", "settings": {key: describe(value) for key, value in arguments.items()}}
     if is_dataclass(part) and not isinstance(part, type):
         settings = {
             field.name: describe(getattr(part, field.name)) for field in fields(part) if field.name != "defaults"
@@ -75,6 +83,12 @@ def make(described: Any) -> Any:
     if not isinstance(described, Mapping):
         return described
     kinds = {kind.__name__: kind for kind in _OWN}
+    if described.get("type") in ("tuple", "list", "partial"):
+        values = {name: make(value) for name, value in described["settings"].items()}
+        if described["type"] == "partial":
+            keywords = {name[:-1]: value for name, value in values.items() if name.endswith("=")}
+            return partial(values["function"], *values["args"], **keywords)
+        return (tuple if described["type"] == "tuple" else list)(values.values())
     if described.get("type") not in kinds:
         what = described.get("yours", described.get("type"))
         raise ValueError(f"algorithm: expected the one that was saved, because {what} in it is not ours, got None")

@@ -152,16 +152,16 @@ class LeaveOneOut:
 
     def __call__(self, rollout: Rollout, gamma: float) -> Targets:
         """Rewards, KL included, enter as the sum over the response."""
-        returns = _whole_returns(rollout, gamma)
-        mean, size, _ = _group_stats(returns, rollout)
-        return _on_tokens((returns - mean) * size / (size - 1), rollout)
+        centred, _, size = _centred(_whole_returns(rollout.rewards, rollout, gamma), rollout)
+        return _on_tokens(centred * size / (size - 1), rollout)
 
 
 @dataclass(frozen=True)
 class GroupNormalized:
     """A response against its group, Âᵢ = (Rᵢ − mean R)/sd R (GRPO, arXiv 2402.03300, §4.1.2).
 
-    sd is the unbiased one; a group whose returns are all equal has Â = 0. Dividing by it weighs prompts by how little
+    sd is the unbiased one. A group whose scores and penalties are all equal has Â = 0 under it: all that its returns
+    differ by is their KL, which would become one deviation whatever β is. Dividing by sd weighs prompts by how little
     their responses differ; without it (Dr. GRPO, arXiv 2503.20783) Â is (n−1)/n times that of `LeaveOneOut`.
     """
 
@@ -177,12 +177,13 @@ class GroupNormalized:
 
     def __call__(self, rollout: Rollout, gamma: float) -> Targets:
         """Rewards, KL included, enter as the sum over the response."""
-        returns = _whole_returns(rollout, gamma)
-        mean, _, std = _group_stats(returns, rollout)
-        centred = returns - mean
-        if self.std:
-            centred = torch.where(std > 0, centred / torch.where(std > 0, std, 1.0), 0.0)
-        return _on_tokens(centred, rollout)
+        centred, std, _ = _centred(_whole_returns(rollout.rewards, rollout, gamma), rollout)
+        if not self.std:
+            return _on_tokens(centred, rollout)
+        paid = rollout.rewards if rollout.task_rewards is None else rollout.task_rewards
+        _, spread, _ = _centred(_whole_returns(paid, rollout, gamma), rollout)
+        told = (std > 0) & (spread > 0)
+        return _on_tokens(torch.where(told, centred / torch.where(told, std, 1.0), 0.0), rollout)
 
 
 @dataclass(frozen=True)
@@ -223,10 +224,12 @@ class Scaled:
         return self.estimator.needs if isinstance(self.estimator, Needing) else _NOTHING
 
     def __call__(self, rollout: Rollout, gamma: float) -> Targets:
-        """The other's targets, scaled; advantages that are all 0 stay so."""
+        """The other's targets, scaled; advantages of a few rounding errors of the returns have no size, and are 0."""
         found = self.estimator(rollout, gamma)
-        size = masked_mean(found.advantages**2, rollout.mask).sqrt()
-        scaled = clean(found.advantages, rollout.mask) / torch.where(size > 0, size, torch.ones_like(size))
+        advantages = clean(found.advantages, rollout.mask)
+        size = masked_mean(advantages**2, rollout.mask).sqrt()
+        told = size > _ROUNDING_ERRORS * torch.finfo(rollout.rewards.dtype).eps * _to_go(rollout, gamma).abs().max()
+        scaled = torch.where(told, advantages / torch.where(told, size, torch.ones_like(size)), 0.0)
         return Targets(scaled, found.returns, found.memory)
 
 
@@ -247,13 +250,16 @@ def _to_go(rollout: Rollout, gamma: float) -> Tensor:
     return clean(discounted_returns(clean(rollout.rewards, rollout.mask), gamma), rollout.mask)
 
 
-def _whole_returns(rollout: Rollout, gamma: float) -> Tensor:
+def _whole_returns(rewards: Tensor, rollout: Rollout, gamma: float) -> Tensor:
     """The return of each response, `[B]` float64: sums of few numbers that must not depend on a device's order."""
-    return discounted_returns(clean(rollout.rewards, rollout.mask).double(), gamma)[:, 0]
+    return discounted_returns(clean(rewards, rollout.mask).double(), gamma)[:, 0]
 
 
-def _group_stats(returns: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, size and unbiased deviation (0 if there is none) of each row's group, `[B]`, added up on the host."""
+def _centred(returns: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns less their group's mean, its unbiased deviation and its size, `[B]`, added up on the host.
+
+    A group that differs by a few rounding errors alone is constant: both are exactly 0 there.
+    """
     rows = torch.arange(len(returns)) if rollout.groups is None else rollout.groups.cpu()
     _, group = rows.unique(return_inverse=True)
     values = returns.cpu()
@@ -269,7 +275,8 @@ def _group_stats(returns: Tensor, rollout: Rollout) -> tuple[Tensor, Tensor, Ten
     # Relative, so that the unit of the rewards does not matter; rewards are float32.
     rounding = _ROUNDING_ERRORS * torch.finfo(rollout.rewards.dtype).eps * (total(values**2) / size).sqrt()
     std = torch.where(std > rounding, std, 0.0)
-    return mean.to(returns.device), size.to(returns.device), std.to(returns.device)
+    centred = torch.where(std > 0, values - mean, 0.0)
+    return centred.to(returns.device), std.to(returns.device), size.to(returns.device)
 
 
 def _on_tokens(per_row: Tensor, rollout: Rollout) -> Targets:

@@ -42,7 +42,7 @@ class Clipped:
         )
 
     def clip_fraction(self, logprobs: Tensor, rollout: Rollout, advantages: Tensor) -> Tensor:
-        """Fraction of the tokens whose gradient the clip removes."""
+        """Fraction of the tokens whose gradient the clip, or the dual clip, removes."""
         return clip_fraction(
             logprobs,
             rollout.old_logprobs,
@@ -50,6 +50,7 @@ class Clipped:
             self.clip_eps,
             rollout.mask,
             clip_eps_high=self.clip_eps_high,
+            dual_clip=self.dual_clip,
         )
 
 
@@ -97,7 +98,9 @@ class SequenceClipped:
 
 @dataclass(frozen=True)
 class PolicyGradient:
-    """−Âₜ log π(aₜ|sₜ) (`agents.losses.policy_gradient`): right for the first step on a rollout, so take one."""
+    """−Âₜ log π(aₜ|sₜ) (`agents.losses.policy_gradient`): right for the first step on a rollout, so it takes one."""
+
+    on_policy = True
 
     def __call__(self, logprobs: Tensor, rollout: Rollout, advantages: Tensor) -> Tensor:
         """The loss `[B, T]`."""

@@ -29,7 +29,10 @@ _ONE_STEP = TrainConfig(batch_episodes=16, epochs=1, minibatches=1, learning_rat
 
 
 def from_config(config: PPOConfig) -> Algorithm:
-    """The algorithm that a `PPOConfig` describes: the clipped surrogate on GAE, a token mean, and a critic."""
+    """The algorithm that a `PPOConfig` describes: the clipped surrogate on GAE, a token mean, and a critic.
+
+    Its `defaults` are the config's settings of the loop; the others are in its components.
+    """
     estimator: Estimator = GAE(config.gae_lambda)
     if config.whiten_advantages:
         estimator = Whitened(estimator)
@@ -38,7 +41,7 @@ def from_config(config: PPOConfig) -> Algorithm:
         Clipped(config.clip_eps, config.clip_eps_high, config.dual_clip),
         TokenMean(),
         critic=ValueLoss(config.value_clip_eps, config.value_coef, config.trunk_value_coef, config.value_stats_decay),
-        defaults=config,
+        defaults=config.loop,
         name="ppo",
     )
 

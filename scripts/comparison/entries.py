@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from agents import PPO, Agent, PPOConfig, ValueHeadLM
+from agents import Agent, ValueHeadLM
 from agents.algorithms import RECIPES
 from scripts.valence import make_env, model_folder
 
@@ -42,9 +42,7 @@ def native(name: str, note: str = "", **changes: Any) -> Entry:
         algorithm = RECIPES[name]()
         policy = ValueHeadLM.from_pretrained(model_folder(), critic="separate" if algorithm.critic else "shared")
         config = replace(algorithm.defaults, **changes, seed=seed)
-        # A PPOConfig is all of PPO, components and loop.
-        ppo = isinstance(config, PPOConfig)
-        agent = PPO(policy, make_env(), config) if ppo else Agent(policy, make_env(), algorithm, config)
+        agent = Agent(policy, make_env(), algorithm, config)
         episodes = config.batch_episodes
 
         def train() -> Sequence[Mapping[str, float]]:

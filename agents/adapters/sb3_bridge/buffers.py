@@ -24,8 +24,6 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
 
     Attributes:
         by_episode: Whether a minibatch is made of whole episodes.
-        owes_kl: Whether the rewards that come in lack the KL until a callback has charged it.
-        charged: Steps whose rewards the callback has charged, or found to owe nothing.
     """
 
     def __init__(
@@ -38,7 +36,6 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         gamma: float = 0.99,
         n_envs: int = 1,
         by_episode: bool = True,
-        owes_kl: bool = False,
     ) -> None:
         """An empty buffer.
 
@@ -52,9 +49,8 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
             n_envs: Rows.
             by_episode: Draw minibatches of whole episodes: few distinct rows each, hence few forwards. False: of
                 shuffled transitions, as the library does.
-            owes_kl: Raise instead of learning from rewards that `TextCallback` has not charged exactly once.
         """
-        self.by_episode, self.owes_kl, self.charged = by_episode, owes_kl, 0
+        self.by_episode = by_episode
         super().__init__(buffer_size, observation_space, action_space, device, gae_lambda, gamma, n_envs)
 
     def reset(self) -> None:
@@ -67,7 +63,7 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         self.rows = np.zeros((2 * self.n_envs, *(text["input_ids"].shape or ())), dtype=np.int32)
         self.prompt_lengths = np.zeros(2 * self.n_envs, dtype=np.int32)
         self.row, self.length = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
-        self.used, self.pad, self.charged = 0, 0, 0
+        self.used, self.pad = 0, 0
 
     def _reset_columns(self) -> None:
         super().reset()
@@ -90,19 +86,6 @@ class EpisodeRolloutBuffer(DictRolloutBuffer):
         self.rows[row], self.prompt_lengths[row] = ids, np.asarray(obs["prompt_length"])[:, 0]
         self.row[self.pos], self.length[self.pos] = row, np.asarray(obs["attention_mask"]).sum(1)
         self.pad = int(ids[0, -1])  # never a token: the state before the last action is shorter than the row
-
-    def compute_returns_and_advantage(self, last_values: torch.Tensor, dones: np.ndarray) -> None:
-        """The library's; refused where the KL was not charged exactly once.
-
-        Raises:
-            ValueError: If it was not.
-        """
-        if self.owes_kl and self.charged != self.pos:
-            raise ValueError(
-                "callback: expected one TextCallback in learn(callback=...), which charges the KL under "
-                f"kl_source='agent', got {self.charged} charges of {self.pos} steps"
-            )
-        super().compute_returns_and_advantage(last_values, dones)
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:  # type: ignore[override]
         """Minibatches of about `batch_size` transitions; None: one of all."""

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from stable_baselines3.common.vec_env import VecEnv
 
-from textenv.vector_env import TextVectorEnv
+from agents.adapters.checks import text_vector_env
 
 
 class TextVecEnv(VecEnv):
@@ -36,9 +36,7 @@ class TextVecEnv(VecEnv):
         Raises:
             ValueError: If it is anything else.
         """
-        inner: Any = getattr(envs, "unwrapped", None)
-        if not isinstance(inner, TextVectorEnv):
-            raise ValueError(f"envs: expected gym.make_vec of 'RLHF-Text-v0', got {type(envs).__name__}")
+        inner = text_vector_env(envs)
         if inner.obs_type != "numpy":
             raise ValueError(f"envs: expected obs_type='numpy', which stable-baselines3 stores, got {inner.obs_type!r}")
         if inner.autoreset_mode is AutoresetMode.NEXT_STEP:

@@ -85,19 +85,24 @@ class _LanguageModelPolicy:
 
     Attributes:
         network: Actor and critic.
+        owes_kl: Whether rewards lack the KL until a callback has charged it, `kl_source="agent"`.
     """
 
     network: PrefixNetwork
+    owes_kl: bool
+    training: bool
     action_dist: Any
     optimizer: torch.optim.Optimizer
 
     def _build(self, lr_schedule: Any) -> None:
         """Nothing: the networks exist, and are given to `_adopt`."""
 
-    def _adopt(self, lm: LivePolicy, network: PrefixNetwork, lr: float, optimizer_class: Any, options: Any) -> None:
+    def _adopt(
+        self, lm: LivePolicy, network: PrefixNetwork, owes_kl: bool, lr: float, optimizer_class: Any, options: Any
+    ) -> None:
         # The handle is kept in a list, where torch does not look for modules: its weights are the network's already.
         self._handle = [lm]
-        self.network = network
+        self.network, self.owes_kl, self._owed = network, owes_kl, False
         learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimizer = optimizer_class(learning, lr=lr, **options)
 
@@ -105,6 +110,7 @@ class _LanguageModelPolicy:
         keep = ("observation_space", "action_space", "lr_schedule", "optimizer_class", "optimizer_kwargs")
         network = self.network
         own = {"temperature": network.temperature, "cache": network.cache, "share": network.share}
+        own["owes_kl"] = self.owes_kl
         return {key: data[key] for key in keep} | {"lm": self._handle[0]} | own
 
     def _law(self, logits: Tensor, action_masks: Any) -> Any:
@@ -118,8 +124,38 @@ class _LanguageModelPolicy:
         # Buffers of stable-baselines3 may have made floats of the ids; they are exact below 2²⁴.
         return self.network.states(obs["input_ids"].long(), obs["attention_mask"])
 
+    def begin_rollout(self) -> None:
+        """Owe nothing: what was drawn before, somebody has drawn by hand."""
+        self._owed = False
+
+    def settle(self) -> None:
+        """Take note that the KL of the actions drawn last is in their rewards.
+
+        Raises:
+            ValueError: If it was there already.
+        """
+        if self.owes_kl and not self._owed:
+            raise ValueError("callback: expected one TextCallback in learn(callback=...), got a second one")
+        self._owed = False
+
+    def _owe(self) -> None:
+        if self._owed:
+            raise ValueError(
+                "callback: expected a TextCallback in learn(callback=...), which charges the KL under "
+                "kl_source='agent', got none"
+            )
+        self._owed = True
+
     def forward(self, obs: Any, deterministic: bool = False, action_masks: Any = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Actions `[B]`, values `[B, 1]` and log-probs `[B]` of a batch of states."""
+        """Actions `[B]`, values `[B, 1]` and log-probs `[B]` of a batch of states.
+
+        This is what rollouts call, in eval mode and without gradients; `predict` goes another way.
+
+        Raises:
+            ValueError: If `owes_kl` and nobody has settled for the actions drawn before these.
+        """
+        if self.owes_kl and not (deterministic or self.training or torch.is_grad_enabled()):
+            self._owe()
         states = self._read(obs)
         law = self._law(self.network.logits(states), action_masks)
         actions = law.get_actions(deterministic=deterministic)
@@ -157,6 +193,7 @@ class TextPolicy(_LanguageModelPolicy, ActorCriticPolicy):
         temperature: float = 1.0,
         cache: bool = True,
         share: bool = True,
+        owes_kl: bool = False,
         use_sde: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
@@ -171,6 +208,7 @@ class TextPolicy(_LanguageModelPolicy, ActorCriticPolicy):
             temperature: The environment's.
             cache: As in `PrefixNetwork`.
             share: As in `PrefixNetwork`.
+            owes_kl: Raise instead of collecting rewards that `TextCallback` has not charged exactly once.
             use_sde: False, which the library demands of actions that are no numbers.
             optimizer_class: Of the parameters that learn.
             optimizer_kwargs: Its arguments but for the learning rate; None: ε of 1e-5 for Adam.
@@ -189,7 +227,7 @@ class TextPolicy(_LanguageModelPolicy, ActorCriticPolicy):
             optimizer_kwargs=optimizer_kwargs,
         )
         network = PrefixNetwork(lm.policy, temperature=temperature, cache=cache, share=share)
-        self._adopt(lm, network, lr_schedule(1), optimizer_class, self.optimizer_kwargs)
+        self._adopt(lm, network, owes_kl, lr_schedule(1), optimizer_class, self.optimizer_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return self._constructor_parameters(super()._get_constructor_parameters())
@@ -207,6 +245,7 @@ class MaskableTextPolicy(_LanguageModelPolicy, MaskableActorCriticPolicy):
         temperature: float = 1.0,
         cache: bool = True,
         share: bool = True,
+        owes_kl: bool = False,
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
@@ -222,7 +261,7 @@ class MaskableTextPolicy(_LanguageModelPolicy, MaskableActorCriticPolicy):
             optimizer_kwargs=optimizer_kwargs,
         )
         network = PrefixNetwork(lm.policy, temperature=temperature, cache=cache, share=share)
-        self._adopt(lm, network, lr_schedule(1), optimizer_class, self.optimizer_kwargs)
+        self._adopt(lm, network, owes_kl, lr_schedule(1), optimizer_class, self.optimizer_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return self._constructor_parameters(super()._get_constructor_parameters())

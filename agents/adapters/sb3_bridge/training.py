@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, unwrap_vec_wrapper
 
 import textenv.kl as kl
+from agents.adapters.checks import check_policy
 from agents.adapters.sb3_bridge.buffers import EpisodeRolloutBuffer, MaskableEpisodeRolloutBuffer
 from agents.adapters.sb3_bridge.env import TextVecEnv
 from agents.adapters.sb3_bridge.policy import LivePolicy, MaskableTextPolicy, TextPolicy
@@ -38,7 +40,8 @@ class TextCallback(BaseCallback):
     then `value_coef` × the native agent's ½(u − (R − μ)/σ)².
 
     Attributes:
-        history: One dictionary a rollout, as logged under `rollout/`.
+        history: One dictionary a rollout, as logged under `rollout/`: means over the episodes that ended in it, NaN
+            where none did. Without a reference (β = 0) `kl` is NaN and `objective` is the score. NaN is not logged.
     """
 
     def __init__(self, *, value_coef: float | None = 1.0, value_stats_decay: float = 0.9, verbose: int = 0) -> None:
@@ -55,6 +58,7 @@ class TextCallback(BaseCallback):
         self._scores: list[float] = []
         self._kls: list[float] = []
         self._lengths: list[int] = []
+        self._cuts: list[list[bool]] = []
 
     def _init_callback(self) -> None:
         venv, policy = self.training_env.unwrapped, self.model.policy
@@ -66,12 +70,15 @@ class TextCallback(BaseCallback):
         if normalizer is not None and normalizer.norm_reward:
             raise ValueError("env: expected rewards in the unit that β is in, got VecNormalize(norm_reward=True)")
         self._venv, self._task, self._network = venv, venv.text_envs.task, policy.network
-        _check_task(self._task, self._network.temperature, isinstance(policy, MaskableTextPolicy))
+        _check_task(self._task, isinstance(policy, MaskableTextPolicy))
+        check_policy(self._network.policy, self._task, self.training_env.action_space, self._network.temperature)
+        self._policy: Any = policy
         self._algorithm: Any = self.model
 
     def _on_rollout_start(self) -> None:
-        for kept in (self._scores, self._kls, self._lengths):
+        for kept in (self._scores, self._kls, self._lengths, self._cuts):
             kept.clear()
+        self._policy.begin_rollout()
 
     def _on_step(self) -> bool:
         venv, done = self._venv, self.locals["dones"]
@@ -88,8 +95,8 @@ class TextCallback(BaseCallback):
         everything, coefficient, source = torch.ones_like(paid).bool(), self._task.kl_coef, self._task.kl_source
         # In place: the library stores this very array when the callback is done.
         rewards[:] = kl.charge(paid, owed, ref, everything, kl_coef=coefficient, kl_source=source)[:, 0].numpy()
-        if isinstance(self._algorithm.rollout_buffer, EpisodeRolloutBuffer):
-            self._algorithm.rollout_buffer.charged += 1
+        self._policy.settle()
+        self._cuts.append([info.get("TimeLimit.truncated", False) for info in self.locals["infos"]])
         for kept, values in (
             (self._scores, venv.latest["score"]),
             (self._kls, venv.kl_sums),
@@ -99,22 +106,24 @@ class TextCallback(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        if self._scores:
-            score, divergence = float(np.mean(self._scores)), float(np.mean(self._kls))
-            row = {
-                "score": score,
-                "kl": divergence,
-                "objective": score - self._task.kl_coef * divergence,
-                "kl_coef": self._task.kl_coef,
-                "response_length": float(np.mean(self._lengths)),
-                "episodes": len(self._scores),
-                "timesteps": self.num_timesteps,
-            }
-            self.history.append(row)
-            for name, value in row.items():
+        charged = self._task.reference is not None
+        score, length = _mean(self._scores), _mean(self._lengths)
+        divergence = _mean(self._kls) if charged else math.nan
+        row = {
+            "score": score,
+            "kl": divergence,
+            "objective": score - self._task.kl_coef * divergence if charged else score,
+            "kl_coef": self._task.kl_coef,
+            "response_length": length,
+            "episodes": len(self._scores),
+            "timesteps": self.num_timesteps,
+        }
+        self.history.append(row)
+        for name, value in row.items():
+            if not math.isnan(value):
                 self.logger.record(f"rollout/{name}", value)
-            if self._task.reference is not None:
-                self._task.controller.update(divergence, len(self._scores))
+        if charged and self._scores:
+            self._task.controller.update(divergence, len(self._scores))
         if self.value_coef is not None:
             self._rescale(self.value_coef)
 
@@ -122,6 +131,7 @@ class TextCallback(BaseCallback):
         """Move the critic's μ and σ, and give its loss the weight that makes it one of u."""
         buffer, head = self._algorithm.rollout_buffer, self._network.policy.value_head
         if head.value_count == 0:
+            before = float(head.value_mean)
             ends = np.concatenate([buffer.episode_starts[1:], self.locals["dones"][None]])
             discounts = torch.from_numpy((buffer.gamma * (1.0 - ends)).T.astype(np.float32))
             sums = discounted_returns(torch.from_numpy(buffer.rewards.T.copy()), discounts)
@@ -129,6 +139,8 @@ class TextCallback(BaseCallback):
                 # A new critic foresees the mean of the first returns, from this rollout on.
                 mean = float(head.value_mean)
                 buffer.values[:] = mean
+                # The library has paid γV of what was truncated, with the V of before.
+                buffer.rewards += buffer.gamma * (mean - before) * np.array(self._cuts, dtype=np.float32)
                 last = torch.full((buffer.n_envs, 1), mean)
                 buffer.compute_returns_and_advantage(last_values=last, dones=self.locals["dones"])
         returns = torch.from_numpy(buffer.returns)
@@ -166,11 +178,12 @@ def settings(
     venv = envs if isinstance(envs, VecEnv) else VecMonitor(TextVecEnv(envs))
     inner = venv.unwrapped
     if not isinstance(inner, TextVecEnv):
-        raise ValueError(f"envs: expected gym.make_vec of 'RLHF-Text-v0' or a TextVecEnv, got {type(envs).__name__}")
+        raise ValueError(f"envs: expected gym.make_vec of 'RLHF-Text-v0' or a TextVecEnv, got {type(inner).__name__}")
     if not issubclass(algorithm, PPO | A2C | MaskablePPO):
         raise ValueError(f"algorithm: expected PPO, A2C or MaskablePPO, got {algorithm.__name__}")
     task, masked = inner.text_envs.task, issubclass(algorithm, MaskablePPO)
-    _check_task(task, task.options.temperature, masked)
+    _check_task(task, masked)
+    check_policy(policy, task, venv.action_space)
     steps = n_steps or task.options.max_new_tokens
     common: dict[str, Any] = {
         "policy": MaskableTextPolicy if masked else TextPolicy,
@@ -181,15 +194,13 @@ def settings(
         "max_grad_norm": 1.0,
         "normalize_advantage": True,
         "rollout_buffer_class": MaskableEpisodeRolloutBuffer if masked else EpisodeRolloutBuffer,
-        "rollout_buffer_kwargs": {
-            "by_episode": by_episode,
-            "owes_kl": task.kl_source == "agent" and task.reference is not None,
-        },
+        "rollout_buffer_kwargs": {"by_episode": by_episode},
         "policy_kwargs": {
             "lm": LivePolicy(policy),
             "temperature": task.options.temperature,
             "cache": cache,
             "share": share,
+            "owes_kl": task.kl_source == "agent" and task.reference is not None,
         },
         "device": policy.device,
         "seed": 0,
@@ -249,13 +260,15 @@ def learn(
     return callback.history
 
 
-def _check_task(task: Task, temperature: float, masked: bool) -> None:
+def _mean(numbers: Sequence[float]) -> float:
+    return float(np.mean(numbers)) if numbers else math.nan
+
+
+def _check_task(task: Task, masked: bool) -> None:
     if task.kl_source == "reference":
         raise ValueError(
             "kl_source: expected 'agent' or 'policy', got 'reference', which is for maximum-entropy algorithms; "
             "under policy gradients it teaches short responses"
         )
-    if temperature != task.options.temperature:
-        raise ValueError(f"temperature: expected the environment's {task.options.temperature}, got {temperature}")
     if task.constraint is not None and not masked:
         raise ValueError("algorithm: expected MaskablePPO, because there is a constraint, got one that reads no masks")

@@ -87,7 +87,7 @@ class TianshouConfig:
     """PPO, A2C: weight of the entropy bonus."""
     trust_region_size: float = 0.1
     """NPG: length of the step along the natural gradient."""
-    max_kl: float = 0.02
+    max_kl: float = 0.005
     """TRPO: bound of KL(π_old‖π) per token of a step."""
     critic_iterations: int = 5
     """NPG, TRPO: steps of the critic in each minibatch."""

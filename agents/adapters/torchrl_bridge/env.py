@@ -13,6 +13,7 @@ from torchrl.envs.gym_like import default_info_dict_reader
 from torchrl.envs.transforms import Transform
 
 import textenv.kl as kl
+from agents.adapters.checks import text_vector_env
 from textenv.task import Task
 from textenv.vector_env import TextVectorEnv
 
@@ -103,9 +104,7 @@ def make_env(envs: VectorEnv) -> EnvBase:
     Raises:
         ValueError: If it is anything else, or of `kl_source="reference"`.
     """
-    inner: Any = getattr(envs, "unwrapped", None)
-    if not isinstance(inner, TextVectorEnv):
-        raise ValueError(f"envs: expected gym.make_vec of 'RLHF-Text-v0', got {type(envs).__name__}")
+    inner = text_vector_env(envs)
     if inner.obs_type != "numpy":
         raise ValueError(f"envs: expected obs_type='numpy', got {inner.obs_type!r}")
     if inner.autoreset_mode is AutoresetMode.NEXT_STEP:

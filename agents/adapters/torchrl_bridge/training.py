@@ -17,6 +17,7 @@ from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
+from agents.adapters.checks import check_policy, text_vector_env
 from agents.adapters.torchrl_bridge.env import make_env
 from agents.policy import ValueHeadLM
 from agents.prefix import PrefixNetwork
@@ -79,7 +80,7 @@ class Settings:
     epochs: int = 2
     """Passes over each rollout."""
     minibatches: int = 4
-    """Optimizer steps of an epoch."""
+    """Optimizer steps of an epoch; under `by_row` no more than there are rows."""
     by_row: bool = True
     """A minibatch is whole rows of the rollout, which costs much less than shuffled transitions; False: those."""
     learning_rate: float = 2e-4
@@ -145,13 +146,18 @@ def train(
         callback: `(iteration, metrics)`.
 
     Returns:
-        One dictionary a rollout, over the episodes that ended in it.
+        One dictionary a rollout, over the episodes that ended in it: NaN where none did. Without a reference (β = 0)
+        `kl` is NaN and `objective` is the score.
+
+    Raises:
+        ValueError: If the environment or the policy does not fit, or `iterations` is below 1.
     """
     settings = settings or Settings()
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations: expected an integer >= 1, got {iterations!r}")
+    task = text_vector_env(envs).task
+    check_policy(policy, task, envs.single_action_space)
     env = make_env(envs)
-    task: Task = envs.unwrapped.task  # type: ignore[union-attr]
-    if policy.device.type != task.device.type:
-        raise ValueError(f"policy: expected it on the environment's {task.device}, got {policy.device}")
     network = PrefixNetwork(policy, temperature=task.options.temperature, cache=settings.cache, share=settings.share)
     actor, critic = actor_critic(network, masked=task.constraint is not None)
     loss, advantages = make_loss(actor, critic, settings)
@@ -211,11 +217,11 @@ def _metrics(data: TensorDictBase, task: Task) -> dict[str, float]:
     def mean(key: str) -> float:
         return float(after.get(key).reshape(done.shape)[done].double().mean()) if count else math.nan
 
-    score, divergence = mean("score"), mean("episode_kl")
+    score, divergence = mean("score"), mean("episode_kl") if task.reference is not None else math.nan
     return {
         "score": score,
         "kl": divergence,
-        "objective": score - task.kl_coef * divergence,
+        "objective": score if task.reference is None else score - task.kl_coef * divergence,
         "kl_coef": task.kl_coef,
         "response_length": mean("response_length"),
         "episodes": count,

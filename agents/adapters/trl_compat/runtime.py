@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 from agents.adapters.trl_compat.config import PPOConfig
 from agents.adapters.trl_compat.model import AutoModelForCausalLMWithValueHead
+from agents.adapters.trl_compat.names import AdaptiveKLController, FixedKLController
 from agents.tracking import TensorBoard
-from textenv.kl import AdaptiveKL, FixedKL, KLController
+from textenv.kl import KLController
 
 # The arguments of the model's forward, and what TRL kept beside them.
 _COLUMNS = {"input_ids", "attention_mask", "position_ids", "token_type_ids", "past_key_values", "labels"}
@@ -110,8 +111,8 @@ def choose_device(model_device: torch.device, config: PPOConfig) -> torch.device
 def make_controller(config: PPOConfig) -> KLController:
     """What holds β, and moves it if `adap_kl_ctrl`; a β of 0 stays 0 whatever it is multiplied by."""
     if config.adap_kl_ctrl and config.init_kl_coef > 0:
-        return AdaptiveKL(config.init_kl_coef, config.target, config.horizon)
-    return FixedKL(config.init_kl_coef)
+        return AdaptiveKLController(config.init_kl_coef, config.target, config.horizon)
+    return FixedKLController(config.init_kl_coef)
 
 
 def make_dataloader(dataset: Any, collate: Callable[..., Any] | None, config: PPOConfig) -> DataLoader:

@@ -20,7 +20,7 @@ from agents.masked import same_shape
 from agents.policy import Evaluation, ValueHeadLM
 from textenv.dynamics import last_slots
 from textenv.logprobs import MAX_CHUNK_ELEMENTS
-from textenv.models import Shared, hidden_states, logit_width, output_head
+from textenv.models import Shared, context_length, hidden_states, logit_width, output_head, unwrap
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ def checked_scores(queries: Any, responses: Any, scores: Any, response_masks: An
     Raises:
         ValueError: Naming the list, what was expected and what came.
     """
+    if isinstance(scores, Tensor):
+        if scores.ndim != 1 or not scores.is_floating_point():
+            kind = f"shape {tuple(scores.shape)} of {scores.dtype}"
+            raise ValueError(f"scores: expected list(scores), or a tensor of floats of shape [batch_size], got {kind}")
+        scores = list(scores)
     lists = {"queries": queries, "responses": responses, "scores": scores}
     if response_masks is not None:
         lists["response_masks"] = response_masks
@@ -107,6 +112,20 @@ def pack(
             )
         mask[row, : len(response)] = counts != 0
     return Batch(ids.to(device), prompt_lengths.to(device), response_lengths.to(device), mask.to(device))
+
+
+def check_context(model: Any, batch: Batch) -> None:
+    """Raise unless every row is within the model's context; a GPT-2 has no positions beyond it.
+
+    Raises:
+        ValueError: Naming the longest row.
+    """
+    context, longest = context_length(unwrap(model).config), batch.ids.shape[1]
+    if context is not None and longest > context:
+        row = int((batch.prompt_lengths + batch.response_lengths).argmax())
+        raise ValueError(
+            f"responses[{row}]: expected query and response within the model's context of {context}, got {longest}"
+        )
 
 
 def evaluate(policy: ValueHeadLM, batch: Batch, *, with_entropy: bool = False) -> Evaluation:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from agents.adapters.trl_compat.config import PPOConfig
 from agents.adapters.trl_compat.generate import Layout, respond, warn_of_another_law
 from agents.adapters.trl_compat.model import AutoModelForCausalLMWithValueHead
+from agents.adapters.trl_compat.names import refuse_overrides
 from agents.adapters.trl_compat.reference import create_reference_model, reference_of
 from agents.adapters.trl_compat.runtime import (
     LocalProcess,
@@ -30,6 +31,7 @@ from agents.adapters.trl_compat.runtime import (
 from agents.adapters.trl_compat.step import (
     RunningScores,
     charged_kl,
+    check_context,
     checked_scores,
     learnt_scores,
     pack,
@@ -48,6 +50,8 @@ class PPOTrainer:
     The rewards are r_t = score·[t is last] − β·kl_t, the advantages GAE's, whitened over the batch; then `ppo_epochs`
     passes over it, with the clipped surrogate and `vf_coef` times the clipped value loss.
 
+    A subclass that overrides what only TRL's `step` called, such as `compute_rewards` or `loss`, is a TypeError.
+
     Attributes:
         config: The settings.
         model: What learns.
@@ -64,6 +68,10 @@ class PPOTrainer:
         is_encoder_decoder: False.
         current_step: How often `log_stats` was called.
     """
+
+    def __init_subclass__(cls) -> None:
+        """Refuse overrides that would be ignored."""
+        refuse_overrides(cls)
 
     def __init__(
         self,
@@ -119,13 +127,11 @@ class PPOTrainer:
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(trainable, lr=config.learning_rate) if optimizer is None else optimizer
         self.lr_scheduler = lr_scheduler
-        self.kl_ctl = make_controller(config)
-        self.running = RunningScores()
+        self.kl_ctl, self.running = make_controller(config), RunningScores()
         self.dataloader = None if dataset is None else self.prepare_dataloader(dataset, data_collator)
-        self.current_step = 0
+        self.current_step, self._warned_of_law = 0, False
         self._order = torch.Generator().manual_seed(config.seed)
         self._tracker = make_tracker(config)
-        self._warned_of_law = False
 
     def prepare_dataloader(self, dataset: Any, data_collator: Callable[..., Any] | None = None) -> DataLoader:
         """Batches of `batch_size`, shuffled by the seed, the last one dropped if it is short."""
@@ -180,7 +186,7 @@ class PPOTrainer:
         self,
         queries: list[Tensor],
         responses: list[Tensor],
-        scores: list[Tensor],
+        scores: list[Tensor] | Tensor,
         response_masks: list[Tensor] | None = None,
     ) -> Stats:
         """Learn from a batch.
@@ -188,7 +194,7 @@ class PPOTrainer:
         Args:
             queries: Token ids, `batch_size` tensors of shape `[l]`.
             responses: Token ids, likewise.
-            scores: One number per response.
+            scores: One number per response: a list, or a tensor `[batch_size]`.
             response_masks: Which response tokens count (nonzero), each the shape of its response; None: all.
 
         Returns:
@@ -202,6 +208,7 @@ class PPOTrainer:
         assert config.mini_batch_size is not None
         given = checked_scores(queries, responses, scores, response_masks, config.batch_size)
         batch = pack(queries, responses, response_masks, self.current_device)
+        check_context(policy.lm, batch)
         prepared = learnt_scores(given.to(self.current_device), self.running, config)
         logprobs, values = recorded(policy, batch, config.mini_batch_size)
         reference = reference_of(self.model, self.ref_model)
