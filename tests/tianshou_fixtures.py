@@ -27,7 +27,8 @@ WARNINGS = (
 # Tianshou's loops as plain Python: compiling them takes longer than all that the tests compute.
 for module, names in ((algorithm_base, ("_gae", "_nstep_return")), (manager, ("_prev_index", "_next_index"))):
     for name in names:
-        setattr(module, name, getattr(module, name).py_func)
+        compiled = getattr(module, name)
+        setattr(module, name, getattr(compiled, "py_func", compiled))  # pytest imports this file twice, for doctests
 
 
 def make_venv(rows: int = 4, k: int = 0, lm: Any = None, **options: Any) -> TextBatchEnv:
