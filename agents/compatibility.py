@@ -20,11 +20,19 @@ def check_parts(policy: Any, envs: Any) -> None:
     Raises:
         ValueError: Naming what is wrong.
     """
-    if not isinstance(policy, ValueHeadLM):
-        raise ValueError(f"policy: expected a ValueHeadLM (ValueHeadLM(model) makes one), got {type(policy).__name__}")
     if not isinstance(getattr(envs, "unwrapped", None), TextEnv | TextVectorEnv):
         raise ValueError(f"envs: expected gym.make or gym.make_vec of 'RLHF-Text-v0', got {type(envs).__name__}")
-    task = envs.unwrapped.task
+    check_policy(policy, envs.unwrapped.task)
+
+
+def check_policy(policy: Any, task: Task) -> None:
+    """Raise unless it is a policy over the environment's vocabulary and on its device.
+
+    Raises:
+        ValueError: Naming what is wrong.
+    """
+    if not isinstance(policy, ValueHeadLM):
+        raise ValueError(f"policy: expected a ValueHeadLM (ValueHeadLM(model) makes one), got {type(policy).__name__}")
     if policy.vocab_size != task.vocab_size:
         raise ValueError(f"policy: expected the reference's vocabulary of {task.vocab_size}, got {policy.vocab_size}")
     if policy.device.type != task.device.type:
@@ -84,17 +92,26 @@ def check_actions(envs: Any) -> None:
         )
 
 
-def check_task(algorithm: Algorithm, task: Task) -> None:
-    """Raise unless the environment pays what the algorithm reads.
+def refuse_reference(task: Task) -> None:
+    """Raise where only a maximum-entropy algorithm would complete the KL.
 
     Raises:
-        ValueError: Naming the option of the environment that is wrong.
+        ValueError: Under `kl_source="reference"`.
     """
     if task.kl_source == "reference":
         raise ValueError(
             "kl_source: expected 'agent' or 'policy', got 'reference', which is for maximum-entropy algorithms; "
             "under PPO and its like it teaches short responses"
         )
+
+
+def check_task(algorithm: Algorithm, task: Task) -> None:
+    """Raise unless the environment pays what the algorithm reads.
+
+    Raises:
+        ValueError: Naming the option of the environment that is wrong.
+    """
+    refuse_reference(task)
     if task.constraint is not None:
         raise ValueError(
             "constraint: expected None, because the agent's sampler and its log-probs are of the whole vocabulary, got "

@@ -169,7 +169,7 @@ def test_bad_arguments_are_named() -> None:
     venv = make_venv()
     with pytest.raises(ValueError, match="name: expected one of ppo, a2c"):
         make_algorithm("ddpg", make_policy(), venv)
-    with pytest.raises(ValueError, match="policy: expected a vocabulary of 64, got 65"):
+    with pytest.raises(ValueError, match="policy: expected the reference's vocabulary of 64, got 65"):
         make_algorithm("ppo", make_policy(make_llama(vocab_size=65)), venv)
     with pytest.raises(ValueError, match="policy: expected eager attention for npg"):
         make_algorithm("npg", make_policy(), venv)

@@ -6,7 +6,7 @@ from typing import Any
 
 from gymnasium import spaces
 
-from agents.policy import ValueHeadLM
+from agents.compatibility import check_policy
 from textenv.models import context_length, unwrap
 from textenv.task import Task
 from textenv.vector_env import TextVectorEnv
@@ -25,7 +25,7 @@ def text_vector_env(envs: Any) -> TextVectorEnv:
     return inner
 
 
-def check_policy(
+def check_learner(
     policy: Any, task: Task, actions: spaces.Space | None = None, temperature: float | None = None
 ) -> None:
     """Raise unless the policy can act and learn in the environment.
@@ -39,10 +39,7 @@ def check_policy(
     Raises:
         ValueError: If the vocabulary, the actions, the context length, the temperature or the device differ.
     """
-    if not isinstance(policy, ValueHeadLM):
-        raise ValueError(f"policy: expected a ValueHeadLM (ValueHeadLM(model) makes one), got {type(policy).__name__}")
-    if policy.vocab_size != task.vocab_size:
-        raise ValueError(f"policy: expected the reference's vocabulary of {task.vocab_size}, got {policy.vocab_size}")
+    check_policy(policy, task)
     if actions is not None and not (isinstance(actions, spaces.Discrete) and int(actions.n) == task.vocab_size):
         # A wrapper that renumbers the actions, as TopKActions does: the policy's logits are of tokens.
         raise ValueError(f"envs: expected the actions to be the tokens, Discrete({task.vocab_size}), got {actions}")
@@ -56,5 +53,3 @@ def check_policy(
             )
     if temperature is not None and temperature != task.options.temperature:
         raise ValueError(f"temperature: expected the environment's {task.options.temperature}, got {temperature}")
-    if policy.device.type != task.device.type:
-        raise ValueError(f"policy: expected it on the environment's {task.device}, got {policy.device}")

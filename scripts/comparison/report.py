@@ -16,6 +16,8 @@ START = 3.34
 """Objective of the untrained model."""
 NATIVE = "ppo"
 """What its variants are compared with."""
+SEEDS = 5
+"""Of each algorithm in a whole table."""
 
 _HEAD = """# All algorithms on one task
 
@@ -45,7 +47,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]], machine: str) -> 
             costs = [f"{np.mean([row[key] for row in mine]):.0f}" for key in ("cpu_seconds", "peak_mb")]
             lines.append(f"| {name} | {entry.library} | {' | '.join([*figures, *costs, str(len(mine))])} |")
     text = _HEAD.format(kl_coef=KL_COEF, start=START, machine=machine) + "\n".join(lines) + "\n\n" + _variants(rows)
-    text += _notes(rows) + "## Every run\n\n" + _every(rows)
+    text += _notes(rows) + _unfinished(rows) + "## Every run\n\n" + _every(rows)
     path.write_text(text, encoding="utf8")
 
 
@@ -91,6 +93,14 @@ def _variants(rows: Sequence[Mapping[str, Any]]) -> str:
 def _notes(rows: Sequence[Mapping[str, Any]]) -> str:
     noted = [f"- **{name}**: {ENTRIES[name].note}" for name in ENTRIES if ENTRIES[name].note and _of(rows, name)]
     return "## What differs from the defaults\n\n" + "\n".join(noted) + "\n\n" if noted else ""
+
+
+def _unfinished(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Entries that lack seeds, so that nobody takes the table for more than it is."""
+    lacking = [name for name in ENTRIES if len(_of(rows, name)) < SEEDS]
+    if not lacking:
+        return ""
+    return f"## Not yet run with {SEEDS} seeds\n\n{', '.join(lacking)}.\n\n"
 
 
 def _every(rows: Sequence[Mapping[str, Any]]) -> str:

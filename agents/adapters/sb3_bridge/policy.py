@@ -93,20 +93,62 @@ class _LanguageModelPolicy:
     training: bool
     action_dist: Any
     optimizer: torch.optim.Optimizer
+    optimizer_kwargs: dict[str, Any]
 
-    def _build(self, lr_schedule: Any) -> None:
-        """Nothing: the networks exist, and are given to `_adopt`."""
-
-    def _adopt(
-        self, lm: LivePolicy, network: PrefixNetwork, owes_kl: bool, lr: float, optimizer_class: Any, options: Any
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        lr_schedule: Callable[[float], float],
+        lm: LivePolicy,
+        temperature: float = 1.0,
+        cache: bool = True,
+        share: bool = True,
+        owes_kl: bool = False,
+        use_sde: bool = False,
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
+        """Make actor and critic of a live policy.
+
+        Args:
+            observation_space: The environment's.
+            action_space: The environment's.
+            lr_schedule: Learning rate from what remains of the run, 1 to 0.
+            lm: What learns.
+            temperature: The environment's.
+            cache: As in `PrefixNetwork`.
+            share: As in `PrefixNetwork`.
+            owes_kl: Raise instead of collecting rewards that `TextCallback` has not charged exactly once.
+            use_sde: False, which the library demands of actions that are no numbers.
+            optimizer_class: Of the parameters that learn.
+            optimizer_kwargs: Its arguments but for the learning rate; None: ε of 1e-5 for Adam.
+
+        Raises:
+            ValueError: If the policy's vocabulary is not the action space.
+        """
+        check_vocabulary(lm, action_space)
+        super().__init__(
+            observation_space,  # type: ignore[call-arg]  # of the class mixed in
+            action_space,
+            lr_schedule,
+            net_arch=[],
+            ortho_init=False,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
         # The handle is kept in a list, where torch does not look for modules: its weights are the network's already.
         self._handle = [lm]
-        self.network, self.owes_kl, self._owed = network, owes_kl, False
-        learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.optimizer = optimizer_class(learning, lr=lr, **options)
+        self.network = PrefixNetwork(lm.policy, temperature=temperature, cache=cache, share=share)
+        self.owes_kl, self._owed = owes_kl, False
+        learning = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        self.optimizer = optimizer_class(learning, lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
 
-    def _constructor_parameters(self, data: dict[str, Any]) -> dict[str, Any]:
+    def _build(self, lr_schedule: Any) -> None:
+        """Nothing: actor and critic exist."""
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()  # type: ignore[misc]
         keep = ("observation_space", "action_space", "lr_schedule", "optimizer_class", "optimizer_kwargs")
         network = self.network
         own = {"temperature": network.temperature, "cache": network.cache, "share": network.share}
@@ -184,87 +226,9 @@ class _LanguageModelPolicy:
 class TextPolicy(_LanguageModelPolicy, ActorCriticPolicy):
     """The policy class of `PPO` and `A2C`: `policy_kwargs={"lm": LivePolicy(policy), "temperature": ...}`."""
 
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
-        lr_schedule: Callable[[float], float],
-        lm: LivePolicy,
-        temperature: float = 1.0,
-        cache: bool = True,
-        share: bool = True,
-        owes_kl: bool = False,
-        use_sde: bool = False,
-        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
-        optimizer_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        """Make actor and critic of a live policy.
-
-        Args:
-            observation_space: The environment's.
-            action_space: The environment's.
-            lr_schedule: Learning rate from what remains of the run, 1 to 0.
-            lm: What learns.
-            temperature: The environment's.
-            cache: As in `PrefixNetwork`.
-            share: As in `PrefixNetwork`.
-            owes_kl: Raise instead of collecting rewards that `TextCallback` has not charged exactly once.
-            use_sde: False, which the library demands of actions that are no numbers.
-            optimizer_class: Of the parameters that learn.
-            optimizer_kwargs: Its arguments but for the learning rate; None: ε of 1e-5 for Adam.
-
-        Raises:
-            ValueError: If the policy's vocabulary is not the action space.
-        """
-        check_vocabulary(lm, action_space)
-        super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,
-            net_arch=[],
-            ortho_init=False,
-            optimizer_class=optimizer_class,
-            optimizer_kwargs=optimizer_kwargs,
-        )
-        network = PrefixNetwork(lm.policy, temperature=temperature, cache=cache, share=share)
-        self._adopt(lm, network, owes_kl, lr_schedule(1), optimizer_class, self.optimizer_kwargs)
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return self._constructor_parameters(super()._get_constructor_parameters())
-
 
 class MaskableTextPolicy(_LanguageModelPolicy, MaskableActorCriticPolicy):
     """The policy class of `MaskablePPO`; the law is renormalised over the allowed tokens."""
-
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
-        lr_schedule: Callable[[float], float],
-        lm: LivePolicy,
-        temperature: float = 1.0,
-        cache: bool = True,
-        share: bool = True,
-        owes_kl: bool = False,
-        optimizer_class: type[torch.optim.Optimizer] = torch.optim.Adam,
-        optimizer_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        """As `TextPolicy`."""
-        check_vocabulary(lm, action_space)
-        super().__init__(
-            observation_space,
-            action_space,
-            lr_schedule,
-            net_arch=[],
-            ortho_init=False,
-            optimizer_class=optimizer_class,
-            optimizer_kwargs=optimizer_kwargs,
-        )
-        network = PrefixNetwork(lm.policy, temperature=temperature, cache=cache, share=share)
-        self._adopt(lm, network, owes_kl, lr_schedule(1), optimizer_class, self.optimizer_kwargs)
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return self._constructor_parameters(super()._get_constructor_parameters())
 
 
 def check_vocabulary(lm: LivePolicy, action_space: spaces.Space) -> None:

@@ -17,10 +17,11 @@ from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecEnv, VecMonitor, VecNormalize, unwrap_vec_wrapper
 
 import textenv.kl as kl
-from agents.adapters.checks import check_policy
+from agents.adapters.checks import check_learner
 from agents.adapters.sb3_bridge.buffers import EpisodeRolloutBuffer, MaskableEpisodeRolloutBuffer
 from agents.adapters.sb3_bridge.env import TextVecEnv
 from agents.adapters.sb3_bridge.policy import LivePolicy, MaskableTextPolicy, TextPolicy
+from agents.compatibility import refuse_reference
 from agents.policy import ValueHeadLM
 from agents.returns import discounted_returns
 from agents.value_scale import first_value_scale, update_value_scale
@@ -71,7 +72,7 @@ class TextCallback(BaseCallback):
             raise ValueError("env: expected rewards in the unit that β is in, got VecNormalize(norm_reward=True)")
         self._venv, self._task, self._network = venv, venv.text_envs.task, policy.network
         _check_task(self._task, isinstance(policy, MaskableTextPolicy))
-        check_policy(self._network.policy, self._task, self.training_env.action_space, self._network.temperature)
+        check_learner(self._network.policy, self._task, self.training_env.action_space, self._network.temperature)
         self._policy: Any = policy
         self._algorithm: Any = self.model
 
@@ -183,7 +184,7 @@ def settings(
         raise ValueError(f"algorithm: expected PPO, A2C or MaskablePPO, got {algorithm.__name__}")
     task, masked = inner.text_envs.task, issubclass(algorithm, MaskablePPO)
     _check_task(task, masked)
-    check_policy(policy, task, venv.action_space)
+    check_learner(policy, task, venv.action_space)
     steps = n_steps or task.options.max_new_tokens
     common: dict[str, Any] = {
         "policy": MaskableTextPolicy if masked else TextPolicy,
@@ -265,10 +266,6 @@ def _mean(numbers: Sequence[float]) -> float:
 
 
 def _check_task(task: Task, masked: bool) -> None:
-    if task.kl_source == "reference":
-        raise ValueError(
-            "kl_source: expected 'agent' or 'policy', got 'reference', which is for maximum-entropy algorithms; "
-            "under policy gradients it teaches short responses"
-        )
+    refuse_reference(task)
     if task.constraint is not None and not masked:
         raise ValueError("algorithm: expected MaskablePPO, because there is a constraint, got one that reads no masks")

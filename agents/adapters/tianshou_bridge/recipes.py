@@ -17,6 +17,7 @@ from tianshou.data import Collector
 from torch import nn
 
 import agents.adapters.tianshou_bridge.episodes as by_episode
+from agents.adapters.checks import check_learner
 from agents.adapters.tianshou_bridge.collect import KLCharge, TextCollectStats, charge_of, make_collector
 from agents.adapters.tianshou_bridge.env import TextBatchEnv
 from agents.adapters.tianshou_bridge.optim import AdamFactory
@@ -175,8 +176,7 @@ def make_algorithm(name: str, policy: ValueHeadLM, envs: Any, config: TianshouCo
         raise ValueError(f"name: expected one of {', '.join(ALGORITHMS)}, got {name!r}")
     config = config if config is not None else DEFAULTS[name]
     venv = envs if isinstance(envs, TextBatchEnv) else TextBatchEnv(envs)
-    if policy.vocab_size != venv.task.vocab_size:
-        raise ValueError(f"policy: expected a vocabulary of {venv.task.vocab_size}, got {policy.vocab_size}")
+    check_learner(policy, venv.task)
     if name in ("npg", "trpo") and not uses_eager_attention(policy):
         raise ValueError(
             f"policy: expected eager attention for {name}, whose Fisher-vector products are second derivatives; "

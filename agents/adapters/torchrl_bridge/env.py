@@ -14,6 +14,7 @@ from torchrl.envs.transforms import Transform
 
 import textenv.kl as kl
 from agents.adapters.checks import text_vector_env
+from agents.compatibility import refuse_reference
 from textenv.task import Task
 from textenv.vector_env import TextVectorEnv
 
@@ -38,11 +39,7 @@ class KLCharge(Transform):
             ValueError: Under `kl_source="reference"`.
         """
         super().__init__(in_keys=["reward"], out_keys=["reward"])
-        if task.kl_source == "reference":
-            raise ValueError(
-                "kl_source: expected 'agent' or 'policy', got 'reference', which is for maximum-entropy algorithms; "
-                "under policy gradients it teaches short responses"
-            )
+        refuse_reference(task)
         self.task = task
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:

@@ -17,7 +17,7 @@ from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 
-from agents.adapters.checks import check_policy, text_vector_env
+from agents.adapters.checks import check_learner, text_vector_env
 from agents.adapters.torchrl_bridge.env import make_env
 from agents.policy import ValueHeadLM
 from agents.prefix import PrefixNetwork
@@ -156,7 +156,7 @@ def train(
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations: expected an integer >= 1, got {iterations!r}")
     task = text_vector_env(envs).task
-    check_policy(policy, task, envs.single_action_space)
+    check_learner(policy, task, envs.single_action_space)
     env = make_env(envs)
     network = PrefixNetwork(policy, temperature=task.options.temperature, cache=settings.cache, share=settings.share)
     actor, critic = actor_critic(network, masked=task.constraint is not None)
