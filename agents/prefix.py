@@ -134,14 +134,16 @@ class PrefixNetwork(nn.Module):
         Raises:
             ValueError: If shapes differ, a row is empty, or the padding is not on the right.
         """
-        inside = attention_mask != 0
-        if input_ids.ndim != 2 or inside.shape != input_ids.shape:
+        if input_ids.ndim != 2 or attention_mask.shape != input_ids.shape:
             got = f"{tuple(input_ids.shape)} and {tuple(attention_mask.shape)}"
             raise ValueError(f"input_ids and attention_mask: expected the same shape [B, L], got {got}")
-        if not bool(inside[:, 0].all() & (inside[:, 1:] <= inside[:, :-1]).all()):
+        inside = attention_mask != 0
+        lengths = inside.sum(1)
+        filled = torch.arange(inside.shape[1], device=inside.device) < lengths.clamp(min=1)[:, None]
+        if not torch.equal(inside, filled):
             raise ValueError("attention_mask: expected tokens first and padding on the right, and no empty row")
         device = self.policy.device
-        ids, lengths = input_ids.where(inside, 0).to(device, torch.int64), inside.sum(1).to(device)
+        ids, lengths = input_ids.where(inside, 0).to(device, torch.int64), lengths.to(device)
         if self.share and torch.is_grad_enabled():
             return distinct_prefixes(ids, lengths)
         return own_rows(ids, lengths)

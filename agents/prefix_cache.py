@@ -69,14 +69,16 @@ class PrefixCache:
             assert self._hidden is not None
             return self._hidden
         before, self._hidden = self._hidden, None  # whatever fails from here on leaves nothing half-written to read
-        # Not inference mode, whose tensors could not be written outside of it.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode():
             if before is None or (sources < 0).all() or not self._fits(model, ids.shape[1]):
                 hidden = self._read(model, ids, lengths)
             else:
                 hidden = self._extend(ids, lengths, sources)
-        self._ids, self._lengths, self._hidden = ids.copy(), lengths.copy(), hidden
-        return hidden
+        # An ordinary tensor, which may be written and differentiated through.
+        with torch.inference_mode(False):
+            self._hidden = hidden.clone()
+        self._ids, self._lengths = ids.copy(), lengths.copy()
+        return self._hidden
 
     def _fits(self, model: Any, width: int) -> bool:
         """Whether the decoder may go on: rows may outgrow an attention window that a short row did not feel."""

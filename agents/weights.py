@@ -31,12 +31,19 @@ def weights_stamp(*models: nn.Module | None) -> tuple[Any, ...]:
     stamp: list[Any] = [_optimizer_steps]
     for device in ("cpu", "cuda"):
         stamp.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
-    for model in models:
-        for module in model.modules() if model is not None else ():
-            for tensor in _tensors(module):
-                stamp += (tensor.data_ptr(), _version(tensor))
-            if adapter is not None and isinstance(module, adapter):
-                stamp.append(_adapter_state(module))
+    seen: set[nn.Module] = set()
+    left: list[nn.Module | None] = list(models)
+    while left:  # by hand, as this is done at every step: `modules()` takes several times as long
+        module = left.pop()
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        left += module._modules.values()
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                stamp += (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)  # those keep no count
+        if adapter is not None and isinstance(module, adapter):
+            stamp.append(_adapter_state(module))
     return tuple(stamp)
 
 
@@ -48,10 +55,6 @@ def held_weights(model: nn.Module) -> list[Tensor]:
 def _tensors(module: nn.Module) -> list[Tensor]:
     """Of the module itself, not of those inside it."""
     return [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # inference tensors keep no count
 
 
 @cache

@@ -22,10 +22,11 @@ import torch
 import tyro
 from rich.console import Console
 
-from scripts.benching import adapters
+from scripts.benching import adapters, tax
 from scripts.benching.timing import Timing
 
 CASES: dict[str, Callable[[int, Path | None, Callable[[str], None]], tuple[str, list[Timing]]]] = {
+    "tax": tax.run,
     "adapters": adapters.run,
 }
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import textenv.one_token as one_token
 from tests.conftest import MAKERS, V, make_gpt2, make_llama, make_qwen2
 from textenv.models import Shared
 from textenv.recompute import Decoder, RecomputeDecoder
@@ -215,3 +216,48 @@ def test_a_real_model(material: Any) -> None:
     hidden = decoder.advance(torch.tensor([261, 403]))
     assert torch.allclose(hidden[0], _alone(model, [1, 403, 407, 261]), atol=1e-4)
     assert torch.allclose(hidden[1], _alone(model, [1, 403]), atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("masked", ["none", "bool", "added"])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_attention_of_one_token_is_that_of_a_loop(heads: tuple[int, int], masked: str, scaling: float | None) -> None:
+    (queries, keys), size, width, rows = heads, 5, 7, 3
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(rows, queries, 1, size, generator=generator)
+    key, value = torch.randn(2, rows, keys, width, size, generator=generator)
+    shown = torch.tensor([[True] * 7, [True] * 3 + [False] * 4, [True] + [False] * 6])[:, None, None]
+    mask = {"none": None, "bool": shown, "added": torch.where(shown, 0.0, -torch.inf)}[masked]
+    found, _ = one_token.attend(torch.nn.Module(), query, key, value, mask, scaling=scaling)
+    assert found.shape == (rows, 1, queries, size)
+    for row in range(rows):
+        for head in range(queries):
+            group = head * keys // queries
+            held = int(shown[row].sum()) if masked != "none" else width
+            scores = [
+                (query[row, head, 0].double() @ key[row, group, i].double()) * (scaling or size**-0.5)
+                for i in range(held)
+            ]
+            weights = torch.stack(scores).softmax(0)
+            expected = sum(weights[i] * value[row, group, i].double() for i in range(held))
+            torch.testing.assert_close(found[row, 0, head].double(), expected, rtol=0, atol=1e-6)
+
+
+def test_a_decoder_borrows_the_attention_and_gives_it_back(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = []
+
+    def forward(self: Any, *args: Any) -> Any:
+        kinds.append(self._config._attn_implementation)
+        if len(kinds) == 3:
+            raise KeyboardInterrupt
+        return original(self, *args)
+
+    original = RowDecoder._forward
+    monkeypatch.setattr(RowDecoder, "_forward", forward)
+    decoder = RowDecoder(tiny_llama, 1, 8)
+    _prefill(decoder, None, [[1, 2]])
+    decoder.advance(torch.tensor([3]))
+    with pytest.raises(KeyboardInterrupt):
+        decoder.advance(torch.tensor([3]))
+    assert kinds == ["sdpa", "textenv_one_token", "textenv_one_token"]
+    assert tiny_llama.config._attn_implementation == "sdpa"

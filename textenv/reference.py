@@ -121,7 +121,7 @@ class ReferenceStepper:
         self._decoder = row_decoder(reference.model.module, rows, columns)
         self._head = output_head(reference.model.module)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def begin(self, rows: Tensor, ids: Tensor, lengths: Tensor) -> None:
         """Start new texts in some rows.
 
@@ -133,7 +133,7 @@ class ReferenceStepper:
         with self._reference.model.scope():
             self._decoder.prefill(rows, ids, lengths - 1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def step(self, last_tokens: Tensor, actions: Tensor, rows: Tensor | None, allowed: Tensor | None = None) -> Tensor:
         """Append the last token of s_t and tell log π_ref(a_t | s_t).
 
@@ -149,7 +149,9 @@ class ReferenceStepper:
         with self._reference.model.scope():
             hidden = self._decoder.advance(last_tokens, rows)
             logits = only_allowed(self._head(hidden).float() / self._reference.temperature, allowed)
-        return logits.gather(1, actions[:, None])[:, 0] - logits.logsumexp(1)
+        spoken = logits.gather(1, actions[:, None])[:, 0] - logits.logsumexp(1)
+        with torch.inference_mode(False):
+            return spoken.clone()  # an ordinary tensor, which anybody may write
 
 
 class ReferenceLaws:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from textenv.models import Shared, backbone, unwrap
+from textenv.one_token import can_decode, one_token_attention
 from textenv.recompute import (
     Decoder,
     RecomputeDecoder,
@@ -143,12 +145,13 @@ class RowDecoder:
         self._backbone = backbone(model)
         self._device = next(self._backbone.parameters()).device
         self._plan = _Plan()
-        count = unwrap(model).config.get_text_config().num_hidden_layers
-        self._layers = [_RowLayer(self._plan, rows, columns) for _ in range(count)]
+        self._config = unwrap(model).config.get_text_config()
+        self._layers = [_RowLayer(self._plan, rows, columns) for _ in range(self._config.num_hidden_layers)]
         self._cache = Cache(layers=list(self._layers))
         self._lengths = np.zeros(rows, dtype=np.int64)  # on the host: choosing the path must not wait for the device
         self._columns = columns
         self._position_ids = torch.arange(columns, device=self._device)
+        self._quick = can_decode(self._backbone, self._device)
         self._checkpointing = [m for m in self._backbone.modules() if can_checkpoint(m)]
 
     @property
@@ -219,7 +222,8 @@ class RowDecoder:
             plan.positions = torch.from_numpy(old.copy()).to(self._device)
             position_ids = plan.positions[:, None]
             mask = self._position_ids[None, : longest + 1] <= position_ids
-        hidden = self._forward(tokens[:, None].to(self._device), mask, position_ids)
+        with one_token_attention(self._config) if self._quick else nullcontext():
+            hidden = self._forward(tokens[:, None].to(self._device), mask, position_ids)
         self._lengths[index] += 1
         return hidden[:, 0]
 
@@ -243,7 +247,7 @@ class RowDecoder:
 
     @property
     def _hidden_size(self) -> int:
-        return unwrap(self._shared).config.get_text_config().hidden_size
+        return self._config.hidden_size
 
     def _forward(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor) -> Tensor:
         with self._shared.scope(), checkpointing_off(self._checkpointing):
