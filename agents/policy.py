@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from agents.critic import Critic, build_critic
 from agents.policy_files import load_parts, save_policy_files
-from agents.slots import Slots, flat_hidden, last_positions, masked_hidden, scale_gradient
+from agents.slots import Slots, last_positions, masked_hidden, scale_gradient
 from agents.value_head import ValueHead
+from textenv.attention import KeepAttention
 from textenv.logprobs import packed_logprobs, unpack
 from textenv.models import Shared, backbone, check_head, disable_dropout, logit_width, output_head
+from textenv.packing import packed_hidden
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -183,18 +185,17 @@ class ValueHeadLM(nn.Module):
             ValueError: If the lengths do not fit `input_ids`.
         """
         slots = Slots(prompt_lengths, response_lengths, input_ids, with_bootstrap)
-        ids = slots.trim(input_ids)
-        hidden = flat_hidden(backbone(self.lm), ids)
+        hidden = packed_hidden(backbone(self.lm), input_ids, slots.packing)
         at_actions = hidden.index_select(0, slots.sources)
         targets = input_ids.reshape(-1).index_select(0, slots.targets)
         head = output_head(self.lm)
         logprobs, entropy = packed_logprobs(at_actions, head, targets, temperature, with_entropy=with_entropy)
-        zeros = torch.zeros(slots.shape, device=ids.device)
+        zeros = torch.zeros(slots.shape, device=input_ids.device)
         values = normalized = zeros
-        bootstrap = zeros.new_zeros(len(ids))
+        bootstrap = zeros.new_zeros(len(input_ids))
         if with_values or with_bootstrap:
             if self.critic_backbone is not None:
-                hidden = flat_hidden(self.critic_backbone, ids)
+                hidden = packed_hidden(self.critic_backbone, input_ids, slots.packing)
                 at_actions = hidden.index_select(0, slots.sources)
             elif trunk_value_coef != 1.0:
                 hidden, at_actions = (
@@ -219,7 +220,7 @@ class ValueHeadLM(nn.Module):
         """Value `[B]` of the state after each row's last token; `input_ids` `[B, L]` right-padded, `lengths` `[B]`."""
         trunk = self.critic_backbone if self.critic_backbone is not None else backbone(self.lm)
         slots = Slots(lengths, torch.zeros_like(lengths), input_ids, True)
-        hidden = flat_hidden(trunk, slots.trim(input_ids)).index_select(0, slots.last)
+        hidden = packed_hidden(trunk, input_ids, slots.packing).index_select(0, slots.last)
         return self.value_head.denormalize(self.value_head(hidden))
 
     def rescale_values(self, mean: float, std: float, *, preserve: bool = True) -> None:
@@ -254,4 +255,7 @@ class ValueHeadLM(nn.Module):
 def _enable_checkpointing(*models: Any) -> None:
     for model in models:
         if model is not None:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            trunk: Any = backbone(model)
+            contexts = KeepAttention(trunk.config.get_text_config())
+            settings = {"use_reentrant": False, "context_fn": contexts}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from agents.policy import ValueHeadLM
 from agents.prefix_cache import PrefixCache, distinct_rows
-from agents.slots import flat_hidden
 from agents.weights import held_weights, weights_stamp
 from textenv.logprobs import packed_logprobs
 from textenv.models import backbone, output_head
+from textenv.packing import Packing, packed_hidden
 
 
 class Prefixes(NamedTuple):
@@ -245,8 +245,10 @@ class _Last:
     """The last forward of whole rows: what the actor, the critic and the states one token on all read."""
 
     def __init__(self, model: Any, states: Prefixes) -> None:
-        self.ids, self.lengths, self.width = states.ids, states.lengths, int(states.lengths.max())
-        self.flat = flat_hidden(backbone(model), states.ids[:, : self.width])
+        self.ids, self.lengths = states.ids, states.lengths
+        packing = Packing.of(states.lengths)
+        self.starts = packing.starts
+        self.flat = packed_hidden(backbone(model), states.ids, packing)
         self.graph = torch.is_grad_enabled()
         spent = self.spent = []
         if self.flat.requires_grad:
@@ -260,7 +262,7 @@ class _Last:
         return all(a is b or torch.equal(a, b) for a, b in pairs)
 
     def at(self, states: Prefixes) -> Tensor:
-        return self.flat.index_select(0, states.owner * self.width + states.at - 1)
+        return self.flat.index_select(0, self.starts[states.owner] + states.at - 1)
 
 
 def _are_own_rows(states: Prefixes) -> bool:

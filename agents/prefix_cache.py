@@ -8,8 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from textenv.attention import plain_attention
+from textenv.models import backbone
 from textenv.recompute import Decoder
-from textenv.row_cache import RowDecoder, plain_attention, row_decoder
+from textenv.row_cache import RowDecoder, row_decoder
 
 
 class PrefixCache:
@@ -82,7 +84,8 @@ class PrefixCache:
 
     def _fits(self, model: Any, width: int) -> bool:
         """Whether the decoder may go on: rows may outgrow an attention window that a short row did not feel."""
-        if width > self._width and isinstance(self._decoder, RowDecoder) and not plain_attention(model, width):
+        cached = isinstance(self._decoder, RowDecoder)
+        if width > self._width and cached and not plain_attention(backbone(model), width):
             return False
         self._width = max(width, self._width)
         return True

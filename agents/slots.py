@@ -1,13 +1,15 @@
-"""Where a right-padded batch is read: which hidden state stands for which action, and how rows are forwarded."""
+"""Where a right-padded batch is read: which hidden state stands for which action, and rows padded on either side."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from textenv.packing import Packing
+
 
 class Slots:
-    """Where evaluate reads: flat positions in `[B, L']` (L' the columns that matter), and where results go."""
+    """Where evaluate reads: places among the tokens that are forwarded, row after row, and where results go."""
 
     def __init__(self, prompt_lengths: Tensor, response_lengths: Tensor, input_ids: Tensor, whole: bool) -> None:
         """Lay out the slots.
@@ -32,28 +34,17 @@ class Slots:
                 f"got prompts from {min(prompts)}, responses from {min(responses)}, sums to {max(totals)}"
             )
         device, longest = input_ids.device, max(responses)
-        # The last token of the longest row is predicted, never read, unless the value after it is asked for.
-        self.width = max(totals) if whole else max(1, max(totals) - 1)
         self.shape = (rows, longest)
         starts, counts = prompt_lengths.to(device), response_lengths.to(device)
-        self._totals = starts + counts
+        # The last token is predicted, never read, unless the value after it is asked for.
+        self.packing = Packing.of(starts + counts if whole else (starts + counts - 1).clamp(min=1))
         steps = torch.arange(longest, device=device)
         self.where = (steps[None, :] < counts[:, None]).reshape(-1).nonzero().squeeze(1)
         row = torch.arange(rows, device=device)[:, None]
         before = starts[:, None] - 1 + steps[None, :]
-        self.sources = (row * self.width + before).reshape(-1).index_select(0, self.where)
+        self.sources = (self.packing.starts[:, None] + before).reshape(-1).index_select(0, self.where)
         self.targets = (row * width + before + 1).reshape(-1).index_select(0, self.where)
-        self.last = row[:, 0] * self.width + self._totals - 1
-
-    def trim(self, input_ids: Tensor) -> Tensor:
-        """The columns that matter, with id 0 past each row's end: no padding id is special."""
-        inside = torch.arange(self.width, device=input_ids.device)[None, :] < self._totals[:, None]
-        return input_ids[:, : self.width].where(inside, 0)
-
-
-def flat_hidden(trunk: nn.Module, input_ids: Tensor) -> Tensor:
-    """Final hidden states `[B · L, H]` of right-padded rows; see `textenv.models.hidden_states` on why no mask."""
-    return trunk(input_ids=input_ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        self.last = self.packing.starts + starts + counts - 1
 
 
 def masked_hidden(trunk: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -22,11 +22,12 @@ import torch
 import tyro
 from rich.console import Console
 
-from scripts.benching import adapters, tax
+from scripts.benching import adapters, ppo, tax
 from scripts.benching.timing import Timing
 
 CASES: dict[str, Callable[[int, Path | None, Callable[[str], None]], tuple[str, list[Timing]]]] = {
     "tax": tax.run,
+    "trl": ppo.run,
     "adapters": adapters.run,
 }
 

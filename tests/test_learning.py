@@ -49,8 +49,9 @@ def test_at_rate_zero_nothing_is_learnt() -> None:
 def test_bfloat16_learns() -> None:
     config = small_config(batch_episodes=16, bf16=True)
     before, after = ends(make_agent(config, kl_coef=0.01).learn(20))
-    assert before < 0.65
-    assert after > 0.73
+    # Of 48 episodes: with five seeds from 0.53 to 0.67 before, and from 0.14 to 0.35 more after.
+    assert before < 0.7
+    assert after > before + 0.1
 
 
 def test_a_large_beta_keeps_the_policy_at_home() -> None:

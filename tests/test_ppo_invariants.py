@@ -121,7 +121,8 @@ def test_padding_of_the_rollout_changes_nothing() -> None:
     clocks = ("time/", "speed/")
     for name, value in metrics[0].items():
         if not name.startswith(clocks):
-            assert metrics[1][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+            # Absolute: the explained variance is 1 minus a quotient near 1, whose last float32 digit is 1.2e-7.
+            assert metrics[1][name] == pytest.approx(value, rel=1e-5, abs=5e-7), name
 
 
 # The unit of the rewards does not matter.

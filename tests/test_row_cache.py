@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import textenv.one_token as one_token
 from tests.conftest import MAKERS, V, make_gpt2, make_llama, make_qwen2
+from textenv.attention import attend_one
 from textenv.models import Shared
 from textenv.recompute import Decoder, RecomputeDecoder
 from textenv.row_cache import RowDecoder, row_decoder
@@ -228,7 +228,7 @@ def test_attention_of_one_token_is_that_of_a_loop(heads: tuple[int, int], masked
     key, value = torch.randn(2, rows, keys, width, size, generator=generator)
     shown = torch.tensor([[True] * 7, [True] * 3 + [False] * 4, [True] + [False] * 6])[:, None, None]
     mask = {"none": None, "bool": shown, "added": torch.where(shown, 0.0, -torch.inf)}[masked]
-    found, _ = one_token.attend(torch.nn.Module(), query, key, value, mask, scaling=scaling)
+    found, _ = attend_one(torch.nn.Module(), query, key, value, mask, scaling=scaling)
     assert found.shape == (rows, 1, queries, size)
     for row in range(rows):
         for head in range(queries):

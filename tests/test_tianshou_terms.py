@@ -162,15 +162,15 @@ def test_nothing_is_changed_by_sharing_and_caching(name: str, critic: str, gpt2:
 
 
 class Counter:
-    """Counts the rows that a trunk reads."""
+    """Counts the tokens that a trunk reads."""
 
     def __init__(self, setup: Any) -> None:
-        self.rows: list[int] = []
+        self.tokens: list[int] = []
         lm = setup.algorithm.policy.actor.lm
         lm.base_model.register_forward_hook(self._count, with_kwargs=True)
 
     def _count(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        self.rows.append(len(output.last_hidden_state))
+        self.tokens.append(output.last_hidden_state.shape[:2].numel())
 
 
 def test_one_forward_of_each_episode_serves_actor_and_critic() -> None:
@@ -180,18 +180,24 @@ def test_one_forward_of_each_episode_serves_actor_and_critic() -> None:
     counter = Counter(setup)
     with policy_within_training_step(setup.algorithm.policy):
         setup.algorithm.update(setup.collector.buffer, batch_size=len(setup.collector.buffer) // 2, repeat=3)
-    assert counter.rows[0] == 8 and sum(counter.rows[1:]) == 3 * 8 and len(counter.rows) == 1 + 3 * 2
+    whole = sum(len(episode["prompt"]) + len(episode["response"]) for episode in episodes_in(setup))
+    before, *during = counter.tokens[2:]  # the first ragged batch makes sure that the model can leave padding out
+    # While learning, the last token of each episode is predicted and not read.
+    assert before == whole and len(during) == 3 * 2 and sum(during) == 3 * (whole - 8)
 
 
 def test_naive_reading_costs_a_row_for_each_state() -> None:
     """The control of the test above: the counter counts."""
     setup = make_setup(epochs=1, minibatches=1, cache=False, share=False)
     collect(setup)
-    counter, transitions = Counter(setup), len(setup.collector.buffer)
+    counter = Counter(setup)
     with policy_within_training_step(setup.algorithm.policy):
         setup.algorithm.update(setup.collector.buffer, batch_size=None, repeat=1)
-    # v(s), v(s') and log π before, logits and value together after: four of each state.
-    assert sum(counter.rows) == 4 * transitions > 4 * 8
+    # v(s), v(s') and log π before, logits and value together after.
+    episodes = episodes_in(setup)
+    states = sum(n for episode in episodes for n in episode["lengths"])
+    following = sum(n for episode in episodes for n in episode["next_lengths"])
+    assert sorted(counter.tokens) == sorted([states, following, states, states])
 
 
 @pytest.mark.parametrize("critic", VARIANTS.values(), ids=VARIANTS)

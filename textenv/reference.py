@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from textenv.constraints.base import Allowed
-from textenv.logprobs import MAX_CHUNK_ELEMENTS, Head, selected_logprobs
-from textenv.models import Shared, hidden_states, output_head
+from textenv.logprobs import MAX_CHUNK_ELEMENTS, Head, packed_logprobs
+from textenv.models import Shared, backbone, output_head
+from textenv.packing import Packing, packed_hidden
 from textenv.row_cache import row_decoder
 
 BATCH_TOKENS = 16_384
@@ -52,15 +55,21 @@ class Reference:
         self, ids: Tensor, prompt_lengths: Tensor, response_lengths: Tensor, allowed: Allowed | None
     ) -> Tensor:
         steps = torch.arange(int(response_lengths.max()), device=ids.device)
-        mask = steps < response_lengths[:, None]
-        positions = (prompt_lengths[:, None] + steps).clamp(max=ids.shape[1] - 1)
-        hidden = hidden_states(self.model, ids)
-        hidden = hidden.gather(1, (positions - 1)[..., None].expand(-1, -1, hidden.shape[-1]))
-        targets, head = ids.gather(1, positions), output_head(self.model)
+        result = torch.zeros(len(ids), len(steps), device=ids.device)
+        row, step = (steps < response_lengths[:, None]).nonzero(as_tuple=True)
+        place = prompt_lengths[row] + step
+        packing = Packing.of((prompt_lengths + response_lengths - 1).clamp(min=1))  # the last token is not read
+        head = output_head(self.model)
         with self.model.scope():
+            hidden = packed_hidden(backbone(self.model), ids, packing)[packing.starts[row] + place - 1]
+            targets = ids[row, place]
             if allowed is None:
-                return selected_logprobs(hidden, head, targets, temperature=self.temperature, mask=mask)
-            return allowed_logprobs(hidden, head, targets, allowed, temperature=self.temperature, mask=mask)
+                result[row, step] = packed_logprobs(hidden, head, targets, self.temperature)[0]
+            else:
+                result[row, step] = allowed_logprobs(
+                    hidden, head, targets, lambda some: allowed(row[some], step[some]), temperature=self.temperature
+                )
+        return result
 
 
 def only_allowed(logits: Tensor, allowed: Tensor | None) -> Tensor:
@@ -76,35 +85,34 @@ def allowed_logprobs(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
-    allowed: Allowed,
+    allowed: Callable[[slice], Tensor],
     *,
     temperature: float,
-    mask: Tensor,
     max_chunk_elements: int = MAX_CHUNK_ELEMENTS,
 ) -> Tensor:
     """Log-probs of targets under softmax over the allowed set of each position.
 
-    logprobs[b, t] = z[b, t, targets[b, t]] − log Σ_{v ∈ A(b, t)} exp z[b, t, v],  z = head(hidden)/temperature
+    logprobs[n] = z[n, targets[n]] − log Σ_{v ∈ A(n)} exp z[n, v],  z = head(hidden)/temperature
 
     Args:
-        hidden: `[B, T, H]`.
+        hidden: `[N, H]`.
         head: `[n, H]` to logits `[n, V]`.
-        targets: `[B, T]`, each in its set where `mask` is true.
-        allowed: The sets.
+        targets: `[N]`, each in its set.
+        allowed: The sets of some of the positions, `[n, V]` bool.
         temperature: Divides the logits.
-        mask: `[B, T]` bool; where it is false the result is 0.
         max_chunk_elements: Largest number of logits held at once.
 
     Returns:
-        `[B, T]` float32.
+        `[N]` float32.
     """
-    rows, steps = mask.nonzero(as_tuple=True)
-    result = torch.zeros(mask.shape, device=hidden.device)
-    width = head(hidden[:1, 0]).shape[-1]
-    chunk = max(1, max_chunk_elements // width)
-    for r, t in zip(rows.split(chunk), steps.split(chunk), strict=True):
-        logits = only_allowed(head(hidden[r, t]).float() / temperature, allowed(r, t))
-        result[r, t] = logits.gather(1, targets[r, t][:, None])[:, 0] - logits.logsumexp(1)
+    result = torch.zeros(len(targets), device=hidden.device)
+    if not len(targets):
+        return result
+    chunk = max(1, max_chunk_elements // head(hidden[:1]).shape[-1])
+    for first in range(0, len(targets), chunk):
+        some = slice(first, first + chunk)
+        logits = only_allowed(head(hidden[some]).float() / temperature, allowed(some))
+        result[some] = logits.gather(1, targets[some][:, None])[:, 0] - logits.logsumexp(1)
     return result
 
 

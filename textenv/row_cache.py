@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from textenv.attention import can_borrow, lent_attention, plain_attention
 from textenv.models import Shared, backbone, unwrap
-from textenv.one_token import can_decode, one_token_attention
 from textenv.recompute import (
     Decoder,
     RecomputeDecoder,
@@ -35,22 +34,9 @@ def row_decoder(model: Any, rows: int, columns: int) -> Decoder:
         rows: Number of rows.
         columns: Most tokens that a row will hold.
     """
-    if plain_attention(model, columns):
+    if plain_attention(backbone(model), columns):
         return RowDecoder(model, rows, columns)
     return RecomputeDecoder(model, rows, columns)
-
-
-def plain_attention(model: Any, columns: int) -> bool:
-    """Whether a cache of keys and values serves rows of so many tokens."""
-    accepted = inspect.signature(backbone(model).forward).parameters
-    if "past_key_values" not in accepted or "position_ids" not in accepted:
-        return False
-    config = unwrap(model).config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    # Older families (GPT-Neo) name local layers in their own way: anything unusual is recomputed, and stays exact.
-    unusual = kinds - {"full_attention", "sliding_attention"} or getattr(config, "attention_types", None)
-    return not unusual and all(not window or window >= columns for window in windows)
 
 
 class _Plan:
@@ -151,7 +137,7 @@ class RowDecoder:
         self._lengths = np.zeros(rows, dtype=np.int64)  # on the host: choosing the path must not wait for the device
         self._columns = columns
         self._position_ids = torch.arange(columns, device=self._device)
-        self._quick = can_decode(self._backbone, self._device)
+        self._quick = self._device.type == "cpu" and can_borrow(self._backbone)
         self._checkpointing = [m for m in self._backbone.modules() if can_checkpoint(m)]
 
     @property
@@ -222,7 +208,7 @@ class RowDecoder:
             plan.positions = torch.from_numpy(old.copy()).to(self._device)
             position_ids = plan.positions[:, None]
             mask = self._position_ids[None, : longest + 1] <= position_ids
-        with one_token_attention(self._config) if self._quick else nullcontext():
+        with lent_attention(self._config, "textenv_one_token") if self._quick else nullcontext():
             hidden = self._forward(tokens[:, None].to(self._device), mask, position_ids)
         self._lengths[index] += 1
         return hidden[:, 0]
@@ -262,10 +248,11 @@ class RowDecoder:
     def _reserve(self, columns: int) -> None:
         if columns <= self._columns:
             return
-        if not plain_attention(self._shared, columns):
+        if not plain_attention(self._backbone, columns):
             raise ValueError(f"columns: this model's attention window is shorter than {columns}; use row_decoder(...)")
         # Room for as many again, but not beyond an attention window.
-        self._columns = max(columns, 2 * self._columns) if plain_attention(self._shared, 2 * self._columns) else columns
+        twice = 2 * self._columns
+        self._columns = max(columns, twice) if plain_attention(self._backbone, twice) else columns
         self._position_ids = torch.arange(self._columns, device=self._device)
         for layer in self._layers:
             layer.grow(self._columns)

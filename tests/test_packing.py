@@ -1,0 +1,173 @@
+"""Rows without their padding, against each row alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import textenv.packing as packing
+from agents import ValueHeadLM
+from tests.conftest import MAKERS, V, make_llama, make_qwen2
+from textenv.packing import Packing, packed_hidden
+
+MODELS = {name: make().double() for name, make in MAKERS.items()}
+lengths_of_rows = st.lists(st.integers(1, 30), min_size=1, max_size=9)
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """How many tokens each forward of the first layer's products saw."""
+    seen: list[int] = []
+    linear = model.base_model.layers[0].mlp.up_proj
+    handle = linear.register_forward_hook(lambda module, given, out: seen.append(out.shape[:-1].numel()))
+    yield seen
+    handle.remove()
+
+
+def rows_of(lengths: list[int], seed: int = 0) -> torch.Tensor:
+    """Random ids, and random ids as padding."""
+    return torch.randint(V, (len(lengths), max(lengths) + 2), generator=torch.Generator().manual_seed(seed))
+
+
+def alone(model: Any, ids: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Each row through the model's public forward."""
+    states = [
+        model(input_ids=ids[row : row + 1, :n], output_hidden_states=True, use_cache=False).hidden_states[-1][0]
+        for row, n in enumerate(lengths)
+    ]
+    return torch.cat(states)
+
+
+def in_rows(hidden: torch.Tensor, pack: Packing, lengths: list[int]) -> torch.Tensor:
+    """The tokens with the rows in their order again."""
+    return torch.cat([hidden[start : start + n] for start, n in zip(pack.starts.tolist(), lengths, strict=True)])
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+@settings(max_examples=25, deadline=None)
+@given(lengths=lengths_of_rows, spare=st.sampled_from([1, 200, 10**9]))
+def test_any_rows_are_each_row_alone_with_gradients(name: str, lengths: list[int], spare: int) -> None:
+    model, ids = MODELS[name], rows_of(lengths)
+    pack = Packing.of(torch.tensor(lengths))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_CELLS_OF_A_GROUP", spare)
+        patch.setattr(packing, "_WORTH_IT", 1.0)
+        pack = Packing.of(torch.tensor(lengths))
+        found = in_rows(packed_hidden(model.base_model, ids, pack), pack, lengths)
+        expected = alone(model, ids, lengths)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        weights = torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(1))
+        parameters = list(model.base_model.parameters())
+        ours = torch.autograd.grad((found * weights).sum(), parameters)
+        theirs = torch.autograd.grad((expected * weights).sum(), parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@given(lengths=lengths_of_rows, spare=st.sampled_from([1, 50, 10**9]))
+def test_groups_hold_every_token_once(lengths: list[int], spare: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "_CELLS_OF_A_GROUP", spare)
+        pack = Packing.of(torch.tensor(lengths))
+    assert [group.first for group in pack.groups] == [0, *(group.last for group in pack.groups[:-1])]
+    assert pack.groups[-1].last == sum(lengths) == len(pack.cells)
+    assert sum(group.rows for group in pack.groups) == len(lengths)
+    tokens = [(row, place) for row, n in enumerate(lengths) for place in range(n)]
+    assert sorted(pack.cells.tolist()) == sorted(row * max(lengths) + place for row, place in tokens)
+    for group in pack.groups:
+        place = group.cells % group.width
+        assert torch.equal(place, pack.positions[group.first : group.last])
+        assert len(set(group.cells.tolist())) == group.last - group.first
+
+
+def test_padding_costs_nothing() -> None:
+    model = make_llama()
+    packed_hidden(model.base_model, rows_of([1, 9]), Packing.of(torch.tensor([1, 9])))  # the model is looked at once
+    with counted(model) as seen:
+        packed_hidden(model.base_model, rows_of([3, 20, 5]), Packing.of(torch.tensor([3, 20, 5])))
+        packed_hidden(model.base_model, rows_of([20, 19, 20]), Packing.of(torch.tensor([20, 19, 20])))
+    assert seen == [28, 60]  # a little padding is cheaper than leaving it out
+
+
+def test_attention_of_similar_rows_goes_together() -> None:
+    lengths = torch.tensor([100, 10, 12, 100, 11, 98])
+    assert [(group.rows, group.width) for group in Packing.of(lengths).groups] == [(3, 12), (3, 100)]
+
+
+def test_a_window_is_not_forgotten() -> None:
+    model = make_qwen2(use_sliding_window=True, sliding_window=4, max_window_layers=0, layer_types=None).double()
+    lengths = [3, 20, 5]
+    ids, pack = rows_of(lengths), Packing.of(torch.tensor(lengths))
+    found = in_rows(packed_hidden(model.base_model, ids, pack), pack, lengths)
+    torch.testing.assert_close(found, alone(model, ids, lengths), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("fault", ["drops", "raises"])
+def test_a_model_that_does_not_hand_on_the_packing_is_padded(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama().double()
+    attention = type(model.base_model.layers[0].self_attn)
+    original = attention.forward
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        pack = kwargs.get("packing")
+        if pack is not None and fault == "drops":  # as if each token were a row of its own
+            kwargs["packing"] = Packing.of(torch.ones(len(pack.positions), dtype=torch.int64))
+        elif pack is not None:
+            del kwargs["packing"]
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", forward)
+    lengths = [3, 20, 5]
+    ids, pack = rows_of(lengths), Packing.of(torch.tensor(lengths))
+    with counted(model) as seen:
+        found = in_rows(packed_hidden(model.base_model, ids, pack), pack, lengths)
+    assert seen[-1] == 60
+    torch.testing.assert_close(found, alone(model, ids, lengths), rtol=0, atol=1e-12)
+
+
+def test_eager_attention_is_padded() -> None:
+    model = make_llama(attn_implementation="eager")
+    with counted(model) as seen:
+        packed_hidden(model.base_model, rows_of([3, 20]), Packing.of(torch.tensor([3, 20])))
+    assert seen == [40]
+
+
+def gradients(policy: ValueHeadLM) -> list[np.ndarray]:
+    ids, prompts, responses = rows_of([4, 24, 9, 5]), torch.tensor([2, 3, 4, 1]), torch.tensor([2, 21, 5, 4])
+    found = policy.evaluate(ids, prompts, responses, temperature=1.0, with_entropy=True)
+    policy.zero_grad()
+    (found.logprobs.sum() + found.values.square().sum() + found.entropy.sum()).backward()
+    return [p.grad.numpy() for p in policy.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("how", ["ours", "copied", "theirs"])
+def test_checkpointed_layers_do_the_same_again(how: str, tiny_lm_folder: Path) -> None:
+    def load(checkpointing: bool) -> ValueHeadLM:
+        policy = ValueHeadLM.from_pretrained(
+            tiny_lm_folder, critic="separate", dtype=torch.float64, gradient_checkpointing=checkpointing
+        )
+        torch.nn.init.constant_(policy.value_head.linear.weight, 0.1)
+        return policy
+
+    policy = load(how != "theirs")
+    if how == "copied":
+        policy = copy.deepcopy(policy)
+    elif how == "theirs":
+        policy.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    expected = gradients(load(False))
+    with counted(policy.lm) as seen:
+        found = gradients(policy)
+    packed = [38, 38] if how != "theirs" else [92, 92]  # once in the backward pass, too
+    assert seen[-2:] == packed
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # the value head is float32

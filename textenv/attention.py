@@ -1,0 +1,203 @@
+"""Attention lent to a transformers model for one forward: of one new token per row, and of rows without padding.
+
+A model finds its attention by the name in its configuration. Here the name is changed for the time of a forward and put
+back, so nothing is left on a model that others may use.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kind = Literal["textenv_one_token", "textenv_packed"]
+
+_SPECIAL = ("position_bias", "cache", "s_aux")
+"""What "sdpa" may be asked for beyond a mask, and these two cannot do."""
+
+
+@contextmanager
+def lent_attention(config: Any, kind: Kind) -> Iterator[None]:
+    """Attend by one of the two kinds, if the model attends by "sdpa"; any other choice is left alone.
+
+    Args:
+        config: The text model's, for which `can_borrow` was true.
+        kind: Which.
+    """
+    if config._attn_implementation != "sdpa":
+        yield
+        return
+    config._attn_implementation_internal = kind  # not the property, which looks through nested configurations
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = "sdpa"
+
+
+def can_borrow(trunk: Any) -> bool:
+    """Whether a model finds its attention by name."""
+    if not getattr(trunk, "_supports_attention_backend", False):
+        return False
+    _register()
+    return True
+
+
+def plain_attention(trunk: Any, columns: int) -> bool:
+    """Whether each token of rows of so many attends to all before it, in a model that is told positions."""
+    if not _takes_positions(type(trunk)):
+        return False
+    config = trunk.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    # Older families (GPT-Neo) name local layers in their own way: anything unusual is recomputed, and stays exact.
+    unusual = kinds - {"full_attention", "sliding_attention"} or getattr(config, "attention_types", None)
+    return not unusual and all(not window or window >= columns for window in windows)
+
+
+@cache
+def _takes_positions(kind: type) -> bool:
+    return {"past_key_values", "position_ids"} <= set(inspect.signature(kind.forward).parameters)
+
+
+@dataclass
+class KeepAttention:
+    """`context_fn` of checkpointed layers: what runs again in the backward pass attends as it did in the forward.
+
+    A class, because models are copied and pickled, and their configurations with them.
+    """
+
+    config: Any
+    """The text model's."""
+
+    def __call__(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """The contexts of a layer's forward and of its repetition."""
+        kind = self.config._attn_implementation
+        return nullcontext(), lent_attention(self.config, kind) if kind in get_args(Kind) else nullcontext()
+
+
+def checkpoints_otherwise(trunk: Any) -> bool:
+    """Whether layers would be computed again in the backward pass without `KeepAttention`."""
+    if not (trunk.training and torch.is_grad_enabled() and trunk.is_gradient_checkpointing):
+        return False
+    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in trunk.modules())
+    contexts = (getattr(function, "keywords", {}).get("context_fn") for function in functions if function is not None)
+    return not all(isinstance(context, KeepAttention) for context in contexts)
+
+
+def attend_one(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """softmax(scaling · q·Kᵀ + mask)·V by two products, which beat the fused kernel on a CPU.
+
+    Args:
+        module: The attention layer.
+        query: `[B, H, 1, D]`.
+        key: `[B, K, W, D]`, H a multiple of K.
+        value: `[B, K, W, D]`.
+        attention_mask: `[B, 1, 1, W]`, bool (False is hidden) or added to the scores; None: nothing is hidden.
+        dropout: 0 in a decoder.
+        scaling: Of the scores; None: D^-½.
+        **others: As "sdpa" takes them, which answers where they ask for more.
+
+    Returns:
+        `[B, 1, H, D]`, and None for the weights.
+    """
+    if dropout or any(others.get(name) is not None for name in _SPECIAL):
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, **others)
+    rows, heads, _, size = query.shape
+    # The heads that share keys are queries of one product.
+    scores = (query.reshape(rows, key.shape[1], -1, size) * (scaling or size**-0.5)) @ key.transpose(2, 3)
+    if attention_mask is not None:
+        hides = attention_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attention_mask, -torch.inf) if hides else scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+    return (weights @ value).view(rows, 1, heads, size), None
+
+
+def attend_packed(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    packing: Any,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each of B rows whose N tokens stand in one, row after row.
+
+    All else in the layer is computed of N tokens; here they are laid out as padded rows, for the fused kernel, those of
+    similar lengths together.
+
+    Args:
+        module: The attention layer.
+        query: `[1, H, N, D]`.
+        key: `[1, K, N, D]`, H a multiple of K.
+        value: `[1, K, N, D]`.
+        attention_mask: None; rows and causality are the mask.
+        dropout: Share of the weights.
+        scaling: Of the scores; None: D^-½.
+        packing: The `textenv.packing.Packing` of the rows.
+        **others: As "sdpa" takes them.
+
+    Returns:
+        `[1, N, H, D]`, and None for the weights.
+
+    Raises:
+        NotImplementedError: If more is asked for.
+    """
+    if any(others.get(name) is not None for name in _SPECIAL):
+        raise NotImplementedError("attention: expected plain causal attention, got one with biases or sinks")
+    tokens, shared = [tensor[0].transpose(0, 1) for tensor in (query, key, value)], query.shape[1] != key.shape[1]
+    found = []
+    for group in packing.groups:
+        padded = (_padded(tensor[group.first : group.last], group) for tensor in tokens)
+        out = F.scaled_dot_product_attention(
+            *padded, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=shared
+        )
+        found.append(out.transpose(1, 2).flatten(0, 1).index_select(0, group.cells))
+    return torch.cat(found)[None], None
+
+
+def _padded(tokens: Tensor, group: Any) -> Tensor:
+    """`[m, K, D]` to `[n, K, W, D]`."""
+    cells = tokens.new_zeros(group.rows * group.width, *tokens.shape[1:]).index_copy(0, group.cells, tokens)
+    return cells.view(group.rows, group.width, *tokens.shape[1:]).transpose(1, 2)
+
+
+def _sdpa(*arguments: Any, **others: Any) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*arguments, **others)
+
+
+@cache
+def _register() -> None:
+    """Tell transformers of both, at the first use: importing this module is to stay quick."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register("textenv_one_token", attend_one)
+    AttentionMaskInterface.register("textenv_one_token", sdpa_mask)
+    AttentionInterface.register("textenv_packed", attend_packed)
+    AttentionMaskInterface.register("textenv_packed", _no_mask)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The packing says which token sees which."""

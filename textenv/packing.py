@@ -1,0 +1,153 @@
+"""Forwards of right-padded rows that compute their tokens and not their padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from textenv.attention import can_borrow, checkpoints_otherwise, lent_attention, plain_attention
+
+_WORTH_IT = 0.9
+"""Share of tokens among the cells of the batch below which padding is left out: laying out has a price too."""
+
+_CELLS_OF_A_GROUP = 2**11
+"""Cells of attention (queries × keys of a row) that cost as much as one more call of the kernel, about."""
+
+_packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+class Group(NamedTuple):
+    """Rows of similar lengths, which stand together: tokens `first` to `last` of a packing, as n rows of width W."""
+
+    first: int
+    """The first of its tokens."""
+    last: int
+    """One past the last."""
+    rows: int
+    """n."""
+    width: int
+    """W, the longest of them."""
+    cells: Tensor
+    """`[last − first]` int64: each token's place in the flattened `[n, W]`."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """N tokens of B rows, row after row, the shortest row first."""
+
+    rows: int
+    """B."""
+    width: int
+    """L, the longest row."""
+    cells: Tensor
+    """`[N]` int64: each token's place in the flattened batch `[B, L]`, whose rows keep their order."""
+    positions: Tensor
+    """`[N]` int64: each token's place in its row."""
+    starts: Tensor
+    """`[B]` int64: where each row begins among the N tokens."""
+    groups: tuple[Group, ...]
+    """What attention computes together."""
+
+    @classmethod
+    def of(cls, lengths: Tensor) -> Packing:
+        """Of rows of so many tokens, `[B]`, each at least 1.
+
+        >>> packing = Packing.of(torch.tensor([3, 2]))
+        >>> packing.cells.tolist(), packing.positions.tolist(), packing.starts.tolist()
+        ([3, 4, 0, 1, 2], [0, 1, 0, 1, 2], [2, 0])
+        """
+        counts = lengths.cpu().numpy()
+        order = np.argsort(counts, kind="stable")
+        sizes, width = counts[order], int(counts.max())
+        ends = np.cumsum(sizes)
+        rank, positions = (np.arange(width) < sizes[:, None]).nonzero()
+        starts = np.empty_like(ends)
+        starts[order] = ends - sizes
+
+        def on_device(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(lengths.device)
+
+        groups = []
+        for low, high in _alike(sizes):
+            first, last, wide = int(ends[low] - sizes[low]), int(ends[high - 1]), int(sizes[high - 1])
+            cells = (rank[first:last] - low) * wide + positions[first:last]
+            groups.append(Group(first, last, high - low, wide, on_device(cells)))
+        cells = on_device(order[rank] * width + positions)
+        return cls(len(counts), width, cells, on_device(positions), on_device(starts), tuple(groups))
+
+
+def _alike(sizes: np.ndarray) -> list[tuple[int, int]]:
+    """Cut ascending lengths into spans, each in two for as long as that spares attention enough.
+
+    >>> _alike(np.array([10, 12, 100, 100]))
+    [(0, 2), (2, 4)]
+    """
+    spans, left = [], [(0, len(sizes))]
+    while left:
+        low, high = left.pop()
+        middle = (low + high) // 2
+        spared = (middle - low) * (int(sizes[high - 1]) ** 2 - int(sizes[middle - 1]) ** 2)
+        if middle > low and spared > _CELLS_OF_A_GROUP:
+            left += [(middle, high), (low, middle)]
+        else:
+            spans.append((low, high))
+    return spans
+
+
+def packed_hidden(trunk: Any, input_ids: Tensor, packing: Packing) -> Tensor:
+    """Final hidden states of the tokens, `[N, H]`, each as in a forward of its row alone.
+
+    No mask is passed: in a causal model no token sees the padding on its right, positions count from 0, and attention
+    keeps its fast path. Where much of the batch is padding and the model allows it, all but attention is computed of
+    the N tokens alone.
+
+    Args:
+        trunk: A transformers model without its head.
+        input_ids: `[B, L]` or wider, right-padded with anything.
+        packing: Of the rows' lengths.
+    """
+    cells = input_ids[:, : packing.width].reshape(-1)
+    tokens = cells.index_select(0, packing.cells)
+    if len(tokens) <= _WORTH_IT * len(cells) and _can_pack(trunk, packing.width):
+        return _packed(trunk, tokens, packing)
+    padded = cells.new_zeros(len(cells)).index_copy(0, packing.cells, tokens)  # no padding id is special
+    hidden = trunk(input_ids=padded.view(packing.rows, packing.width), use_cache=False).last_hidden_state.flatten(0, 1)
+    return hidden if len(tokens) == len(cells) else hidden.index_select(0, packing.cells)
+
+
+def _packed(trunk: Any, tokens: Tensor, packing: Packing) -> Tensor:
+    with lent_attention(trunk.config.get_text_config(), "textenv_packed"):
+        return trunk(
+            input_ids=tokens[None], position_ids=packing.positions[None], use_cache=False, packing=packing
+        ).last_hidden_state[0]
+
+
+def _can_pack(trunk: Any, width: int) -> bool:
+    config = trunk.config.get_text_config()
+    if config._attn_implementation != "sdpa" or checkpoints_otherwise(trunk) or not plain_attention(trunk, width):
+        return False
+    if trunk not in _packs:
+        _packs[trunk] = can_borrow(trunk) and _agrees(trunk)
+    return _packs[trunk]
+
+
+@torch.no_grad()
+def _agrees(trunk: Any) -> bool:
+    """Whether packed rows come out as padded ones: a model may not hand on what its attention is to be told."""
+    device = next(trunk.parameters()).device
+    packing = Packing.of(torch.tensor([3, 1, 2], device=device))
+    ids = torch.tensor([[1, 2, 3], [2, 0, 0], [3, 1, 0]], device=device)
+    with torch.autocast(device.type, enabled=False):
+        padded = trunk(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, packing.cells)
+        try:
+            packed = _packed(trunk, ids.reshape(-1).index_select(0, packing.cells), packing)
+        except (TypeError, NotImplementedError):
+            return False
+    # What rounding does, and no more: attention itself may move a small random model's states by a hundredth.
+    share = 1e-4 if padded.dtype == torch.float32 else 2e-2
+    return torch.allclose(packed.float(), padded.float(), rtol=0, atol=share * float(padded.float().abs().max()))
