@@ -120,7 +120,7 @@ def optimizer_step(
     """
     config, tokens = step.config, int(rollout.mask.sum())
     count = step.algorithm.aggregation.count(rollout.mask, step.max_new_tokens)
-    sums: defaultdict[str, float] = defaultdict(float)
+    found_sums: dict[str, Tensor] = {}
     optimizer.zero_grad(set_to_none=True)
     for rows in torch.arange(len(rollout.ids), device=rollout.ids.device).split(config.forward_episodes):
         part = rollout.select(rows)
@@ -130,12 +130,14 @@ def optimizer_step(
             )
         loss.backward()
         for name, value in found.items():
-            sums[name] += float(value)
+            found_sums[name] = found_sums.get(name, 0.0) + value.double()
+    found_sums["grad_norm/policy"] = tokens * _clip(policy.policy_parameters(), config.max_grad_norm, policy.device)
+    if step.algorithm.critic is not None:
+        found_sums["grad_norm/critic"] = tokens * _clip(policy.critic_parameters(), config.max_grad_norm, policy.device)
+    # All numbers at once: each reading waits for the device.
+    sums = dict(zip(found_sums, torch.stack(list(found_sums.values())).tolist(), strict=True))
     if config.max_update_kl is not None and sums["kl/update"] / tokens > config.max_update_kl:
         return None
-    sums["grad_norm/policy"] = tokens * _clip(policy.policy_parameters(), config.max_grad_norm)
-    if step.algorithm.critic is not None:
-        sums["grad_norm/critic"] = tokens * _clip(policy.critic_parameters(), config.max_grad_norm)
     if not all(math.isfinite(value) for value in sums.values()):
         wrong = ", ".join(name for name, value in sums.items() if not math.isfinite(value))
         raise ValueError(
@@ -214,9 +216,9 @@ def _ratio_sums(now: Evaluation, rollout: Rollout, target: Targets, algorithm: A
     return {name: mean * mask.sum() for name, mean in means.items()}
 
 
-def _clip(parameters: Iterator[torch.nn.Parameter], max_norm: float | None) -> float:
+def _clip(parameters: Iterator[torch.nn.Parameter], max_norm: float | None, device: torch.device) -> Tensor:
     """The norm of a gradient, which is scaled to `max_norm` where it is larger."""
     learning = [p for p in parameters if p.grad is not None]
     if not learning:
-        return 0.0
-    return float(torch.nn.utils.clip_grad_norm_(learning, float("inf") if max_norm is None else max_norm))
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.nn.utils.clip_grad_norm_(learning, float("inf") if max_norm is None else max_norm).double()

@@ -59,7 +59,7 @@ def test_any_rows_are_each_row_alone_with_gradients(name: str, lengths: list[int
     model, ids = MODELS[name], rows_of(lengths)
     pack = Packing.of(torch.tensor(lengths))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "_CELLS_OF_A_GROUP", spare)
+        patch.setitem(packing._CALL_IN_CELLS, "cpu", spare)
         patch.setattr(packing, "_WORTH_IT", 1.0)
         pack = Packing.of(torch.tensor(lengths))
         found = in_rows(packed_hidden(model.base_model, ids, pack), pack, lengths)
@@ -77,7 +77,7 @@ def test_any_rows_are_each_row_alone_with_gradients(name: str, lengths: list[int
 @given(lengths=lengths_of_rows, spare=st.sampled_from([1, 50, 10**9]))
 def test_groups_hold_every_token_once(lengths: list[int], spare: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packing, "_CELLS_OF_A_GROUP", spare)
+        patch.setitem(packing._CALL_IN_CELLS, "cpu", spare)
         pack = Packing.of(torch.tensor(lengths))
     assert [group.first for group in pack.groups] == [0, *(group.last for group in pack.groups[:-1])]
     assert pack.groups[-1].last == sum(lengths) == len(pack.cells)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import textenv.attention as attention
 from tests.conftest import MAKERS, V, make_gpt2, make_llama, make_qwen2
 from textenv.attention import attend_one
 from textenv.models import Shared
@@ -221,7 +222,11 @@ def test_a_real_model(material: Any) -> None:
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("masked", ["none", "bool", "added"])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_attention_of_one_token_is_that_of_a_loop(heads: tuple[int, int], masked: str, scaling: float | None) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_attention_of_one_token_is_that_of_a_loop(
+    heads: tuple[int, int], masked: str, scaling: float | None, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_PRODUCTS_WIN", () if fused else ("cpu",))
     (queries, keys), size, width, rows = heads, 5, 7, 3
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(rows, queries, 1, size, generator=generator)

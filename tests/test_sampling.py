@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from agents.policy import ValueHeadLM
 from agents.sampling import Samples, TransformersSampler
-from agents.sampling.transformers_sampler import draw
+from agents.sampling.draw import draw
 from tests.conftest import MAKERS, V, make_llama
 from textenv.models import Shared
 from textenv.row_cache import RowDecoder
@@ -324,3 +326,50 @@ def test_greedy_takes_the_most_likely_token_and_tells_the_laws_log_prob(tiny_lm:
             assert token == int(law.argmax())
             assert logprob == pytest.approx(float(law[token]), abs=1e-4)
             text.append(token)
+
+
+# ------------------------------------------------------------------------------------------------- fixed steps
+
+
+@pytest.mark.parametrize("stops", [[], [20, 21, 22, 23, 24]])
+@pytest.mark.parametrize("greedy", [False, True])
+@pytest.mark.parametrize("prompts", [PROMPTS, [[5, 6]] * 5])
+def test_fixed_steps_draw_the_same_samples(tiny_lm: Any, stops: list[int], greedy: bool, prompts: list) -> None:
+    how: dict[str, Any] = {"temperature": 0.7, "seed": 3, "max_new_tokens": 20, "stop_token_ids": stops}
+    plain = TransformersSampler(tiny_lm).sample(prompts, greedy=greedy, **how)
+    fixed = TransformersSampler(tiny_lm, cuda_graph=True).sample(prompts, greedy=greedy, **how)
+    assert fixed.responses == plain.responses and fixed.finish_reasons == plain.finish_reasons
+    for ours, theirs in zip(fixed.logprobs, plain.logprobs, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_fixed_steps_keep_shapes_and_addresses(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a CUDA graph needs of a step: it asks the host for nothing, and touches the same memory each time."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            found = func(*args, **(kwargs or {}))
+            shapes = [tuple(t.shape) for t in tree_leaves(found) if isinstance(t, torch.Tensor)]
+            seen[-1].append((str(func), shapes))
+            return found
+
+    decoder = RowDecoder(tiny_llama, 3, 24)
+    decoder.prefill(None, torch.ones(3, 4, dtype=torch.int64), torch.tensor([4, 2, 3]))
+    step, tokens = decoder.fixed_step(), torch.tensor([5, 6, 7])
+    for _ in range(3):
+        seen.append([])
+        with Watch(), torch.no_grad():
+            step(tokens)
+    assert seen[0] == seen[1] == seen[2] and len(seen[0]) > 50
+
+
+def test_fixed_steps_end_soon_after_the_last_row(tiny_llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = RowDecoder._forward
+    monkeypatch.setattr(RowDecoder, "_forward", lambda self, *args: calls.append(1) or original(self, *args))
+    found = TransformersSampler(tiny_llama, cuda_graph=True).sample(
+        [[5]] * 4, max_new_tokens=100, stop_token_ids=list(range(8, 64)), temperature=1.0, seed=0
+    )
+    assert max(map(len, found.responses)) < 16 and len(calls) == 1 + 16

@@ -19,6 +19,8 @@ from torch import Tensor
 
 Kind = Literal["textenv_one_token", "textenv_packed"]
 
+_PRODUCTS_WIN = ("cpu",)
+"""Devices on which two plain products beat the fused kernel for one query."""
 _SPECIAL = ("position_bias", "cache", "s_aux")
 """What "sdpa" may be asked for beyond a mask, and these two cannot do."""
 
@@ -101,7 +103,7 @@ def attend_one(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """softmax(scaling · q·Kᵀ + mask)·V by two products, which beat the fused kernel on a CPU.
+    """softmax(scaling · q·Kᵀ + mask)·V, on a CPU by two products, which beat the fused kernel there.
 
     Args:
         module: The attention layer.
@@ -119,8 +121,12 @@ def attend_one(
     if dropout or any(others.get(name) is not None for name in _SPECIAL):
         return _sdpa(module, query, key, value, attention_mask, dropout, scaling, **others)
     rows, heads, _, size = query.shape
-    # The heads that share keys are queries of one product.
-    scores = (query.reshape(rows, key.shape[1], -1, size) * (scaling or size**-0.5)) @ key.transpose(2, 3)
+    # The heads that share keys are queries of one product: "sdpa" under a mask would copy the keys for each.
+    grouped = query.reshape(rows, key.shape[1], -1, size)
+    if query.device.type not in _PRODUCTS_WIN:
+        found = F.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
+        return found.reshape(rows, 1, heads, size), None
+    scores = (grouped * (scaling or size**-0.5)) @ key.transpose(2, 3)
     if attention_mask is not None:
         hides = attention_mask.dtype == torch.bool
         scores = scores.masked_fill(~attention_mask, -torch.inf) if hides else scores + attention_mask

@@ -15,8 +15,9 @@ from textenv.attention import can_borrow, checkpoints_otherwise, lent_attention,
 _WORTH_IT = 0.9
 """Share of tokens among the cells of the batch below which padding is left out: laying out has a price too."""
 
-_CELLS_OF_A_GROUP = 2**11
-"""Cells of attention (queries × keys of a row) that cost as much as one more call of the kernel, about."""
+_CALL_IN_CELLS = {"cpu": 2**11, "cuda": 2**22}
+"""Cells of attention (queries × keys of a row) that cost as much as one more call of the kernel, about: measured on a
+CPU (of 512, 2048, 8192 and never), reckoned for a GPU (60 µs of launches, 4 kFLOP a cell)."""
 
 _packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -73,7 +74,7 @@ class Packing:
             return torch.from_numpy(array).to(lengths.device)
 
         groups = []
-        for low, high in _alike(sizes):
+        for low, high in _alike(sizes, _CALL_IN_CELLS.get(lengths.device.type, 2**22)):
             first, last, wide = int(ends[low] - sizes[low]), int(ends[high - 1]), int(sizes[high - 1])
             cells = (rank[first:last] - low) * wide + positions[first:last]
             groups.append(Group(first, last, high - low, wide, on_device(cells)))
@@ -81,10 +82,10 @@ class Packing:
         return cls(len(counts), width, cells, on_device(positions), on_device(starts), tuple(groups))
 
 
-def _alike(sizes: np.ndarray) -> list[tuple[int, int]]:
-    """Cut ascending lengths into spans, each in two for as long as that spares attention enough.
+def _alike(sizes: np.ndarray, call: int) -> list[tuple[int, int]]:
+    """Cut ascending lengths into spans, each in two for as long as that spares more cells than a call is worth.
 
-    >>> _alike(np.array([10, 12, 100, 100]))
+    >>> _alike(np.array([10, 12, 100, 100]), 2000)
     [(0, 2), (2, 4)]
     """
     spans, left = [], [(0, len(sizes))]
@@ -92,7 +93,7 @@ def _alike(sizes: np.ndarray) -> list[tuple[int, int]]:
         low, high = left.pop()
         middle = (low + high) // 2
         spared = (middle - low) * (int(sizes[high - 1]) ** 2 - int(sizes[middle - 1]) ** 2)
-        if middle > low and spared > _CELLS_OF_A_GROUP:
+        if middle > low and spared > call:
             left += [(middle, high), (low, middle)]
         else:
             spans.append((low, high))

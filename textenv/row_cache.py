@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -47,6 +48,7 @@ class _Plan:
         self.start = 0  # the shared write position, where there is one
         self.positions: Tensor | None = None  # one write position per row, where they differ
         self.width = 0  # columns that attention looks at
+        self.every: Tensor | None = None  # the numbers of all rows, where nothing may be made anew
 
 
 class _RowLayer(CacheLayerMixin):
@@ -76,7 +78,8 @@ class _RowLayer(CacheLayerMixin):
     def _write(store: Tensor, new: Tensor, plan: _Plan) -> Tensor:
         rows, count = plan.rows, new.shape[2]
         if plan.positions is not None:
-            index = torch.arange(len(new), device=new.device) if rows is None else rows
+            index = rows if rows is not None else plan.every
+            index = torch.arange(len(new), device=new.device) if index is None else index
             store[index, :, plan.positions] = new[:, :, 0]
         elif rows is None:
             store[:, :, plan.start : plan.start + count] = new
@@ -137,7 +140,7 @@ class RowDecoder:
         self._lengths = np.zeros(rows, dtype=np.int64)  # on the host: choosing the path must not wait for the device
         self._columns = columns
         self._position_ids = torch.arange(columns, device=self._device)
-        self._quick = self._device.type == "cpu" and can_borrow(self._backbone)
+        self._attention_by_name = can_borrow(self._backbone)
         self._checkpointing = [m for m in self._backbone.modules() if can_checkpoint(m)]
 
     @property
@@ -208,10 +211,32 @@ class RowDecoder:
             plan.positions = torch.from_numpy(old.copy()).to(self._device)
             position_ids = plan.positions[:, None]
             mask = self._position_ids[None, : longest + 1] <= position_ids
-        with lent_attention(self._config, "textenv_one_token") if self._quick else nullcontext():
-            hidden = self._forward(tokens[:, None].to(self._device), mask, position_ids)
+        hidden = self._one_token(tokens.to(self._device), mask, position_ids)
         self._lengths[index] += 1
-        return hidden[:, 0]
+        return hidden
+
+    def fixed_step(self) -> Callable[[Tensor], Tensor]:
+        """What appends one token to every row, as `advance(tokens)` does, with shapes and addresses that never change.
+
+        Nothing of it waits for the host, so a CUDA graph can hold it. Attention looks at all reserved columns. As long
+        as it is used, the decoder must not be used otherwise; afterwards `lengths` are those from before.
+        """
+        positions = self.lengths
+        every, columns = torch.arange(len(positions), device=self._device), self._position_ids[: self._columns]
+
+        @torch.no_grad()
+        def step(tokens: Tensor) -> Tensor:
+            plan = self._plan
+            plan.rows, plan.every, plan.start, plan.width, plan.positions = None, every, 1, self._columns, positions
+            try:
+                shown = (columns <= positions[:, None])[:, None, None]
+                hidden = self._one_token(tokens, shown, positions[:, None])
+            finally:
+                plan.every = None
+            positions.add_(1)
+            return hidden
+
+        return step
 
     def rewind(self, lengths: Tensor) -> None:
         """Forget the last tokens of each row, whose places are then written anew.
@@ -234,6 +259,10 @@ class RowDecoder:
     @property
     def _hidden_size(self) -> int:
         return self._config.hidden_size
+
+    def _one_token(self, tokens: Tensor, mask: Tensor | None, position_ids: Tensor) -> Tensor:
+        with lent_attention(self._config, "textenv_one_token") if self._attention_by_name else nullcontext():
+            return self._forward(tokens[:, None], mask, position_ids)[:, 0]
 
     def _forward(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor) -> Tensor:
         with self._shared.scope(), checkpointing_off(self._checkpointing):

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from agents.policy import ValueHeadLM
 from agents.sampling.base import Samples, check_request
+from agents.sampling.draw import draw
+from agents.sampling.fixed import fixed_decode
 from textenv.models import backbone, context_length, logit_width, output_head, unwrap
 from textenv.recompute import Decoder
-from textenv.row_cache import row_decoder
+from textenv.row_cache import RowDecoder, row_decoder
 from textenv.types import FinishReason
 
 _KEEP_FRACTION = 0.75
@@ -25,18 +27,22 @@ class TransformersSampler:
     end.
     """
 
-    def __init__(self, policy: Any, *, max_batch: int | None = None) -> None:
+    def __init__(self, policy: Any, *, max_batch: int | None = None, cuda_graph: bool = False) -> None:
         """Sample from `policy`.
 
         Args:
             policy: A `ValueHeadLM`, a Hugging Face causal LM, a PEFT model around one, or a `Shared` one.
             max_batch: Most rows decoded at once (None: all).
+            cuda_graph: Whether a step is recorded once and replayed, which spares the launches that bound small
+                batches on a GPU. Rows that ended are then carried to the end. Needs "sdpa" attention; elsewhere than on
+                CUDA the same steps run without a graph.
 
         Raises:
             ValueError: If `max_batch` is not positive.
         """
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch must be positive or None; got {max_batch}")
+        self._cuda_graph = cuda_graph
         self._model = policy.lm if isinstance(policy, ValueHeadLM) else policy
         self._max_batch = max_batch
 
@@ -80,6 +86,9 @@ class TransformersSampler:
         count, steps = uniforms.shape
         decoder, hidden = self._prefill(prompts, steps, stops.device)
         head = output_head(self._model)
+        if self._cuda_graph and isinstance(decoder, RowDecoder):
+            draws = None if greedy else uniforms
+            return _cut(*fixed_decode(decoder, head, hidden, draws, stops, temperature, steps), stops)
         tokens = torch.zeros(steps, count, dtype=torch.long, device=stops.device)
         logprobs = torch.zeros(steps, count, device=stops.device)
         live = torch.arange(count, device=stops.device)  # which prompts the decoder's rows are
@@ -119,35 +128,6 @@ class TransformersSampler:
             decoder.keep(copies)
             hidden = hidden.index_select(0, copies)
         return decoder, hidden
-
-
-def draw(logits: Tensor, uniforms: Tensor | None, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw one token per row by inverting the cumulative distribution, and its log-probability.
-
-    Args:
-        logits: `[B, V]` in any dtype.
-        uniforms: One float64 number in [0, 1) per row; None takes the most likely token.
-        temperature: Positive.
-
-    Returns:
-        Tokens `[B]` int64 and their log-probs `[B]` float32.
-
-    Example:
-        >>> logits = torch.log(torch.tensor([[0.5, 0.0, 0.5], [0.2, 0.3, 0.5], [0.2, 0.3, 0.5]]))
-        >>> draw(logits, torch.tensor([0.5, 0.1999, 0.2001]).double(), 1.0)[0]
-        tensor([2, 0, 1])
-    """
-    probs = torch.softmax(logits.float() / temperature if temperature != 1.0 else logits.float(), dim=-1)
-    if uniforms is None:
-        chosen = probs.argmax(-1, keepdim=True)
-        return chosen.squeeze(1), probs.gather(1, chosen).log_().squeeze(1)
-    # Sums in float64: in float32 the error over a large vocabulary exceeds small probabilities.
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    # right=True: the first token whose sum exceeds u, so a token of probability 0 is never drawn, not even at u = 0.
-    chosen = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)
-    chosen = chosen.clamp_(max=logits.shape[-1] - 1)
-    # The log of a float32 softmax: what is drawn has a probability far from underflow.
-    return chosen.squeeze(1), probs.gather(1, chosen).log_().squeeze(1)
 
 
 def _right_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

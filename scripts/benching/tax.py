@@ -16,7 +16,7 @@ import textenv
 import textenv.models
 from agents import ValueHeadLM
 from agents.prefix import PrefixNetwork
-from agents.sampling.transformers_sampler import draw
+from agents.sampling.draw import draw
 from scripts.benching.timing import Competitor, Timing, measure, table
 from scripts.valence import model_folder
 from textenv.logprobs import selected_logprobs

@@ -13,7 +13,7 @@ from torch.distributions import Categorical, Distribution
 from torch.distributions.utils import lazy_property
 
 from agents.adapters.tianshou_bridge.reader import TextActor
-from agents.sampling.transformers_sampler import draw
+from agents.sampling.draw import draw
 
 
 class TokenLaw(Categorical):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from agents.adapters.trl_compat.model import AutoModelForCausalLMWithValueHead, evaluating
-from agents.sampling.transformers_sampler import draw
+from agents.sampling.draw import draw
 
 # What generate does if neither its arguments nor the model's generation config say anything, and what leaves the law
 # of the tokens alone. A name that is missing in a version of transformers counts as neutral.

@@ -1,0 +1,69 @@
+"""Decoding by steps of fixed shapes, which a CUDA graph records once and replays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from agents.sampling.draw import draw
+from textenv.row_cache import RowDecoder
+
+_LOOK_EVERY = 16
+"""Steps between two looks at whether all rows have ended, each of which waits for the device."""
+
+
+def fixed_decode(
+    decoder: RowDecoder,
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    uniforms: Tensor | None,
+    stops: Tensor,
+    temperature: float,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    """Draw from rows that a decoder has read.
+
+    Args:
+        decoder: Holds the prompts, with room for the responses.
+        head: `[B, H]` to logits `[B, V]`.
+        hidden: `[B, H]` at each row's last token.
+        uniforms: `[B, steps]` float64 in [0, 1); None takes the most likely tokens.
+        stops: `[V]` bool: tokens that end a row. Decoding ends with the last row, or a few steps later.
+        temperature: Positive.
+        steps: Most tokens of a row.
+
+    Returns:
+        Tokens and log-probs, `[steps, B]`; what stands after a row's first stop token means nothing.
+    """
+    tokens = torch.zeros(steps, len(hidden), dtype=torch.long, device=hidden.device)
+    logprobs = torch.zeros(steps, len(hidden), device=hidden.device)
+    ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+    count = torch.zeros(1, dtype=torch.long, device=hidden.device)
+    draws = None if uniforms is None else uniforms.T.contiguous()
+    current, advance = hidden.clone(), decoder.fixed_step()
+
+    def step(last: bool = False) -> None:
+        row = None if draws is None else draws.index_select(0, count)[0]
+        chosen, chosen_logprobs = draw(head(current), row, temperature)
+        tokens.index_copy_(0, count, chosen[None])
+        logprobs.index_copy_(0, count, chosen_logprobs[None])
+        ended.logical_or_(stops[chosen])
+        count.add_(1)
+        if not last:
+            current.copy_(advance(chosen))
+
+    replay = step
+    for number in range(steps - 1):
+        # The first step warms up whatever allocates at its first use; the second is recorded.
+        if number == 1 and hidden.device.type == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                step()
+            replay = graph.replay
+        replay()
+        if (number + 1) % _LOOK_EVERY == 0 and bool(ended.all()):
+            return tokens, logprobs
+    step(last=True)
+    return tokens, logprobs
