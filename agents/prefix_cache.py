@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from textenv.attention import plain_attention
+from textenv.decoders import row_decoder
 from textenv.models import backbone
-from textenv.recompute import Decoder
-from textenv.row_cache import RowDecoder, row_decoder
+from textenv.recompute import Decoder, RecomputeDecoder
 
 
 class PrefixCache:
@@ -84,7 +84,7 @@ class PrefixCache:
 
     def _fits(self, model: Any, width: int) -> bool:
         """Whether the decoder may go on: rows may outgrow an attention window that a short row did not feel."""
-        cached = isinstance(self._decoder, RowDecoder)
+        cached = self._decoder is not None and not isinstance(self._decoder, RecomputeDecoder)
         if width > self._width and cached and not plain_attention(backbone(model), width):
             return False
         self._width = max(width, self._width)

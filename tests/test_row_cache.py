@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 import textenv.attention as attention
 from tests.conftest import MAKERS, V, make_gpt2, make_llama, make_qwen2
 from textenv.attention import attend_one
+from textenv.decoders import row_decoder
 from textenv.models import Shared
 from textenv.recompute import Decoder, RecomputeDecoder
-from textenv.row_cache import RowDecoder, row_decoder
+from textenv.row_cache import RowDecoder
 
 TOLERANCE = 2e-5
 """Float32 rounding in two layers of width 32; a wrong mask or position is off by more than 1."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-Head = Callable[[Tensor], Tensor]
+from textenv.logprob_chunks import Head, is_plain_linear, logprobs_by_blocks, logprobs_by_rows
 
 MAX_CHUNK_ELEMENTS = 2**22
 
@@ -157,39 +153,13 @@ def packed_logprobs(
     if len(targets) == 0:
         empty = hidden.float().sum() * torch.zeros(0, device=hidden.device)
         return empty, (empty if with_entropy else None)
+    if is_plain_linear(head):
+        if head.weight.shape[0] * len(targets) > max_chunk_elements:
+            return logprobs_by_blocks(hidden, head, targets, temperature, max_chunk_elements, with_entropy)
+        return logprobs_by_rows(hidden, head, targets, temperature, len(targets), with_entropy)
     with torch.no_grad():
         width = head(hidden[:1]).shape[-1]
-    chunk = max(1, max_chunk_elements // width)
-    if len(targets) <= chunk:
-        return _chunk(hidden, head, targets, temperature, with_entropy)
-    parts = []
-    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        if torch.is_grad_enabled():
-            # Recomputed in backward, so a chunk's logits die with it. The head draws no random numbers.
-            part = checkpoint(
-                _chunk, h, head, t, temperature, with_entropy, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            part = _chunk(h, head, t, temperature, with_entropy)
-        parts.append(part)
-    logprobs = torch.cat([part[0] for part in parts])
-    return logprobs, torch.cat([part[1] for part in parts]) if with_entropy else None
-
-
-def _chunk(
-    hidden: Tensor, head: Head, targets: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    logits = head(hidden).float()
-    if temperature != 1.0:
-        logits = logits / temperature
-    if not with_entropy:
-        # One fused log-softmax and pick; its backward is one pass over the logits.
-        return -F.cross_entropy(logits, targets, reduction="none"), None
-    logp = F.log_softmax(logits, dim=-1)
-    # An excluded token has log-probability -inf: 0 * -inf would be NaN, in the value and in the gradient.
-    finite = logp.masked_fill(logp == -torch.inf, 0.0)
-    entropy = -(finite.exp() * finite).sum(-1)
-    return logp.gather(-1, targets[:, None]).squeeze(-1), entropy
+    return logprobs_by_rows(hidden, head, targets, temperature, max(1, max_chunk_elements // width), with_entropy)
 
 
 def _check_shapes(hidden: Tensor, targets: Tensor, mask: Tensor | None) -> None:

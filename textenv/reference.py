@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from textenv.constraints.base import Allowed
+from textenv.decoders import row_decoder
 from textenv.logprobs import MAX_CHUNK_ELEMENTS, Head, packed_logprobs
 from textenv.models import Shared, backbone, output_head
 from textenv.packing import Packing, packed_hidden
-from textenv.row_cache import row_decoder
 
 BATCH_TOKENS = 16_384
 """How many padded tokens one scoring forward may hold."""

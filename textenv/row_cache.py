@@ -14,30 +14,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from textenv.attention import can_borrow, lent_attention, plain_attention
 from textenv.models import Shared, backbone, unwrap
 from textenv.recompute import (
-    Decoder,
-    RecomputeDecoder,
     can_checkpoint,
     check_prefill,
     check_rewind,
     check_size,
     checkpointing_off,
 )
-
-
-def row_decoder(model: Any, rows: int, columns: int) -> Decoder:
-    """The fastest exact decoder for a model: `RowDecoder`, or `RecomputeDecoder` where its cache would be wrong.
-
-    A cache of plain keys and values serves full attention. State-space layers, models that take no position ids, and
-    sliding or chunked attention shorter than `columns` are recomputed.
-
-    Args:
-        model: A Hugging Face causal LM, or a `Shared` one, whose `within` is entered in every forward.
-        rows: Number of rows.
-        columns: Most tokens that a row will hold.
-    """
-    if plain_attention(backbone(model), columns):
-        return RowDecoder(model, rows, columns)
-    return RecomputeDecoder(model, rows, columns)
 
 
 class _Plan:

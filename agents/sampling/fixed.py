@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from agents.sampling.draw import draw
-from textenv.row_cache import RowDecoder
 
 _LOOK_EVERY = 16
 """Steps between two looks at whether all rows have ended, each of which waits for the device."""
 
 
 def fixed_decode(
-    decoder: RowDecoder,
+    advance: Callable[[Tensor], Tensor],
     head: Callable[[Tensor], Tensor],
     hidden: Tensor,
     uniforms: Tensor | None,
@@ -26,7 +25,7 @@ def fixed_decode(
     """Draw from rows that a decoder has read.
 
     Args:
-        decoder: Holds the prompts, with room for the responses.
+        advance: The `fixed_step` of a `RowDecoder` that holds the prompts and has room for the responses.
         head: `[B, H]` to logits `[B, V]`.
         hidden: `[B, H]` at each row's last token.
         uniforms: `[B, steps]` float64 in [0, 1); None takes the most likely tokens.
@@ -42,7 +41,7 @@ def fixed_decode(
     ended = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
     count = torch.zeros(1, dtype=torch.long, device=hidden.device)
     draws = None if uniforms is None else uniforms.T.contiguous()
-    current, advance = hidden.clone(), decoder.fixed_step()
+    current = hidden.clone()
 
     def step(last: bool = False) -> None:
         row = None if draws is None else draws.index_select(0, count)[0]

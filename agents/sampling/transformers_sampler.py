@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ from agents.policy import ValueHeadLM
 from agents.sampling.base import Samples, check_request
 from agents.sampling.draw import draw
 from agents.sampling.fixed import fixed_decode
+from textenv.decoders import row_decoder
 from textenv.models import backbone, context_length, logit_width, output_head, unwrap
-from textenv.recompute import Decoder
-from textenv.row_cache import RowDecoder, row_decoder
+from textenv.recompute import Decoder, RecomputeDecoder
 from textenv.types import FinishReason
 
 _KEEP_FRACTION = 0.75
@@ -86,9 +86,9 @@ class TransformersSampler:
         count, steps = uniforms.shape
         decoder, hidden = self._prefill(prompts, steps, stops.device)
         head = output_head(self._model)
-        if self._cuda_graph and isinstance(decoder, RowDecoder):
-            draws = None if greedy else uniforms
-            return _cut(*fixed_decode(decoder, head, hidden, draws, stops, temperature, steps), stops)
+        if self._cuda_graph and not isinstance(decoder, RecomputeDecoder):
+            fixed, draws = cast(Any, decoder).fixed_step(), None if greedy else uniforms
+            return _cut(*fixed_decode(fixed, head, hidden, draws, stops, temperature, steps), stops)
         tokens = torch.zeros(steps, count, dtype=torch.long, device=stops.device)
         logprobs = torch.zeros(steps, count, device=stops.device)
         live = torch.arange(count, device=stops.device)  # which prompts the decoder's rows are

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from scripts.benching.ppo_task import EPOCHS, LEARNING_RATE, MINIBATCHES, Phases, Task
+from textenv.decoders import row_decoder
 from textenv.models import no_progress_bar
-from textenv.row_cache import row_decoder
 
 
 class FloorIteration:
