@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -84,9 +84,12 @@ def optimizer_steps(
 ) -> Mapping[str, float]:
     """One optimizer step on each of these rows, until the policy has moved too far; the sums of `optimizer_step`."""
     sums: defaultdict[str, float] = defaultdict(float)
+    learning = {"policy": list(policy.policy_parameters())}
+    if step.algorithm.critic is not None:
+        learning["critic"] = list(policy.critic_parameters())
     for rows in batches:
         part = rollout.select(rows.to(rollout.ids.device))
-        found = optimizer_step(policy, optimizer, part, target.select(rows), step, autocast)
+        found = optimizer_step(policy, optimizer, part, target.select(rows), step, learning, autocast)
         if found is None:
             break
         for name, value in found.items():
@@ -100,6 +103,7 @@ def optimizer_step(
     rollout: Rollout,
     target: Targets,
     step: Step,
+    learning: Mapping[str, Sequence[torch.nn.Parameter]],
     autocast: Callable[[], AbstractContextManager] = nullcontext,
 ) -> dict[str, float] | None:
     """One optimizer step on a minibatch, its gradient summed over microbatches.
@@ -110,6 +114,7 @@ def optimizer_step(
         rollout: The episodes of the minibatch.
         target: Theirs.
         step: The loss.
+        learning: The parameters that learn, by name: the gradients of each are clipped together.
         autocast: Makes the context of each forward.
 
     Returns:
@@ -131,9 +136,8 @@ def optimizer_step(
         loss.backward()
         for name, value in found.items():
             found_sums[name] = found_sums.get(name, 0.0) + value.double()
-    found_sums["grad_norm/policy"] = tokens * _clip(policy.policy_parameters(), config.max_grad_norm, policy.device)
-    if step.algorithm.critic is not None:
-        found_sums["grad_norm/critic"] = tokens * _clip(policy.critic_parameters(), config.max_grad_norm, policy.device)
+    for name, parameters in learning.items():
+        found_sums[f"grad_norm/{name}"] = tokens * _clip(parameters, config.max_grad_norm, policy.device)
     # All numbers at once: each reading waits for the device.
     sums = dict(zip(found_sums, torch.stack(list(found_sums.values())).tolist(), strict=True))
     if config.max_update_kl is not None and sums["kl/update"] / tokens > config.max_update_kl:
@@ -216,9 +220,9 @@ def _ratio_sums(now: Evaluation, rollout: Rollout, target: Targets, algorithm: A
     return {name: mean * mask.sum() for name, mean in means.items()}
 
 
-def _clip(parameters: Iterator[torch.nn.Parameter], max_norm: float | None, device: torch.device) -> Tensor:
+def _clip(parameters: Sequence[torch.nn.Parameter], max_norm: float | None, device: torch.device) -> Tensor:
     """The norm of a gradient, which is scaled to `max_norm` where it is larger."""
-    learning = [p for p in parameters if p.grad is not None]
-    if not learning:
+    moved = [p for p in parameters if p.grad is not None]
+    if not moved:
         return torch.zeros((), dtype=torch.float64, device=device)
-    return torch.nn.utils.clip_grad_norm_(learning, float("inf") if max_norm is None else max_norm).double()
+    return torch.nn.utils.clip_grad_norm_(moved, float("inf") if max_norm is None else max_norm).double()

@@ -183,5 +183,5 @@ def test_cases_that_are_not_run_again_stay_on_the_page(tmp_path: Path, monkeypat
 def test_an_unknown_case_is_refused() -> None:
     from scripts.bench import Flags
 
-    with pytest.raises(ValueError, match="only: expected some of tax, trl, .*, gpu, got speed"):
+    with pytest.raises(ValueError, match=r"only: expected some of tax, trl, .*, gpu, got speed"):
         Flags(only=("speed",))

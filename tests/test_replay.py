@@ -11,6 +11,7 @@ import torch
 from env_fixtures import options
 
 from textenv import FinishReason, TextEnv, TextVectorEnv, kl
+from textenv.reference import BATCH_TOKENS
 
 PROMPTS = [[1, 5, 20], [1, 30], [1, 7, 8, 21, 22]]
 RESPONSES = [[9, 2], [4, 6, 7, 8], [2]]
@@ -131,7 +132,7 @@ def test_a_stop_token_in_the_prompt_means_nothing() -> None:
 def test_batches_of_similar_length_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     env = TextEnv(**options())
     whole = env.replay(PROMPTS, RESPONSES).ref_logprobs
-    monkeypatch.setattr("textenv.reference.BATCH_TOKENS", 7)
+    monkeypatch.setitem(BATCH_TOKENS, "cpu", 7)
     assert torch.allclose(env.replay(PROMPTS, RESPONSES).ref_logprobs, whole, atol=1e-5)
 
 

@@ -86,7 +86,10 @@ class KeepAttention:
 
 def checkpoints_otherwise(trunk: Any) -> bool:
     """Whether layers would be computed again in the backward pass without `KeepAttention`."""
-    if not (trunk.training and torch.is_grad_enabled() and trunk.is_gradient_checkpointing):
+    if not (trunk.training and torch.is_grad_enabled()):
+        return False
+    switch = getattr(trunk, "gradient_checkpointing", None)  # the layers follow it; asking each takes its time
+    if not (trunk.is_gradient_checkpointing if switch is None else switch):
         return False
     functions = (getattr(module, "_gradient_checkpointing_func", None) for module in trunk.modules())
     contexts = (getattr(function, "keywords", {}).get("context_fn") for function in functions if function is not None)
@@ -168,23 +171,20 @@ def attend_packed(
     Raises:
         NotImplementedError: If more is asked for.
     """
-    if any(others.get(name) is not None for name in _SPECIAL):
-        raise NotImplementedError("attention: expected plain causal attention, got one with biases or sinks")
-    tokens, shared = [tensor[0].transpose(0, 1) for tensor in (query, key, value)], query.shape[1] != key.shape[1]
+    if any(others.get(name) is not None for name in _SPECIAL) or key.shape[-1] != value.shape[-1]:
+        raise NotImplementedError("attention: expected plain causal attention, got one with biases, sinks or two sizes")
+    heads, shared = [query.shape[1], key.shape[1], value.shape[1]], query.shape[1] != key.shape[1]
+    # Queries, keys and values together, and all groups by one split: every operation has its price, twice in backward.
+    tokens = torch.cat([tensor[0].transpose(0, 1) for tensor in (query, key, value)], dim=1)
     found = []
-    for group in packing.groups:
-        padded = (_padded(tensor[group.first : group.last], group) for tensor in tokens)
+    for group, part in zip(packing.groups, tokens.split([g.last - g.first for g in packing.groups]), strict=True):
+        cells = part.new_zeros(group.rows * group.width, *part.shape[1:]).index_copy(0, group.cells, part)
+        padded = cells.view(group.rows, group.width, *part.shape[1:]).transpose(1, 2).split(heads, dim=1)
         out = F.scaled_dot_product_attention(
             *padded, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=shared
         )
         found.append(out.transpose(1, 2).flatten(0, 1).index_select(0, group.cells))
     return torch.cat(found)[None], None
-
-
-def _padded(tokens: Tensor, group: Any) -> Tensor:
-    """`[m, K, D]` to `[n, K, W, D]`."""
-    cells = tokens.new_zeros(group.rows * group.width, *tokens.shape[1:]).index_copy(0, group.cells, tokens)
-    return cells.view(group.rows, group.width, *tokens.shape[1:]).transpose(1, 2)
 
 
 def _sdpa(*arguments: Any, **others: Any) -> tuple[Tensor, None]:
