@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tianshou.data import Collector, VectorReplayBuffer
+from tianshou.utils.torch_utils import policy_within_training_step
 
 from agents.adapters.tianshou_bridge import (
     DEFAULTS,
@@ -175,3 +177,17 @@ def test_bad_arguments_are_named() -> None:
         make_algorithm("npg", make_policy(), venv)
     with pytest.raises(ValueError, match="episodes: expected an integer >= 1, got 0"):
         type(DEFAULTS["ppo"])(episodes=0)
+
+
+def test_a_collector_that_charges_no_kl_cannot_train() -> None:
+    setup = make_setup()
+    collector = Collector(setup.algorithm, setup.venv, VectorReplayBuffer(100, len(setup.venv)))
+    collector.collect(n_step=8, reset_before_collect=True)  # to look at responses needs no KL
+    with policy_within_training_step(setup.algorithm.policy), pytest.raises(ValueError, match="one of make_collector"):
+        collector.collect(n_step=8, reset_before_collect=True)
+    collect(setup)  # the same environment, by one that charges
+    free = make_setup(env={"kl_coef": 0.0})
+    with policy_within_training_step(free.algorithm.policy):
+        Collector(free.algorithm, free.venv, VectorReplayBuffer(100, len(free.venv))).collect(
+            n_step=8, reset_before_collect=True
+        )

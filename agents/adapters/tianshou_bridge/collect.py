@@ -90,6 +90,7 @@ class KLCharge:
     def __call__(self, action_batch: Any, rollout_batch: Any) -> None:
         """Tianshou's step hook: what was chosen and by which law, and what came of it."""
         rows, info = self.venv.last_rows, self.venv.last_info
+        self.venv.store.owes_kl = False
         at = info["response_length"] - 1
         logprobs = self._law(action_batch, len(rows))
         self._logprobs[rows, at] = logprobs

@@ -92,6 +92,7 @@ class TextBatchEnv(BaseVectorEnv):
         mask[rows] = True
         options = {**(kwargs.pop("options", None) or {}), "reset_mask": mask}
         seed, self._seed = kwargs.pop("seed", self._seed), None
+        self.store.owes_kl = False  # who begins anew may be another, who charges
         if kwargs:
             raise ValueError(f"reset: expected seed and options, got {sorted(kwargs)}")
         observation, info = self.envs.reset(seed=seed, options=options)
@@ -112,6 +113,7 @@ class TextBatchEnv(BaseVectorEnv):
         self._offer(observation, rows)
         handles = self._running.handles(rows)
         self.last_rows = rows
+        self.store.owes_kl = self.task.kl_source == "agent" and self.task.kl_coef > 0
         self.last_info = {key: _array(value)[rows] for key, value in info.items() if not key.startswith("_")}
         ends = tuple(_array(flags)[rows] for flags in (terminated, truncated))
         self.store.end(self._running, rows[ends[0] | ends[1]])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import torch
@@ -90,7 +90,17 @@ class TextPolicy(DiscreteActorPolicy):
         self.entropy_gradient = entropy_gradient
 
     def forward(self, batch: Any, state: Any = None, **kwargs: Any) -> Any:
-        """`logits`, `dist` and `act` of a batch; in an update `act` is what was done, not drawn again."""
+        """`logits`, `dist` and `act` of a batch; in an update `act` is what was done, not drawn again.
+
+        Raises:
+            ValueError: If it acts for a trainer and nobody charges the KL.
+        """
+        store = cast(TextActor, self.actor).reader.store
+        if self.is_within_training_step and not self.training and store.owes_kl:
+            raise ValueError(
+                "collector: expected one of make_collector, which charges the KL under kl_source='agent', got one "
+                "that does not"
+            )
         if not self.training or "act" not in batch:
             return super().forward(batch, state)
         logits, hidden = self.actor(batch.obs, state=state, info=batch.info)

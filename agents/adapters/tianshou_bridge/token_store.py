@@ -119,6 +119,8 @@ class TokenStore:
         self._next = 0
         self._sweep_at = slack
         self._buffers: list[weakref.ref[Any]] = []
+        self.owes_kl = False
+        """Whether nobody has charged the KL of the last step yet, which `kl_source="agent"` leaves to the agent."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenStore:
         """Itself."""
