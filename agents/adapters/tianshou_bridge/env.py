@@ -92,7 +92,8 @@ class TextBatchEnv(BaseVectorEnv):
         mask[rows] = True
         options = {**(kwargs.pop("options", None) or {}), "reset_mask": mask}
         seed, self._seed = kwargs.pop("seed", self._seed), None
-        self.store.owes_kl = False  # who begins anew may be another, who charges
+        if mask.all():
+            self.store.owes_kl = False  # who begins anew may be another, who charges
         if kwargs:
             raise ValueError(f"reset: expected seed and options, got {sorted(kwargs)}")
         observation, info = self.envs.reset(seed=seed, options=options)
