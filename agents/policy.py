@@ -13,7 +13,6 @@ from agents.critic import Critic, build_critic
 from agents.policy_files import load_parts, save_policy_files
 from agents.slots import Slots, last_positions, masked_hidden, scale_gradient
 from agents.value_head import ValueHead
-from textenv.attention import KeepAttention
 from textenv.logprobs import packed_logprobs, unpack
 from textenv.models import Shared, backbone, check_head, disable_dropout, logit_width, output_head
 from textenv.packing import packed_hidden
@@ -255,7 +254,4 @@ class ValueHeadLM(nn.Module):
 def _enable_checkpointing(*models: Any) -> None:
     for model in models:
         if model is not None:
-            trunk: Any = backbone(model)
-            contexts = KeepAttention(trunk.config.get_text_config())
-            settings = {"use_reentrant": False, "context_fn": contexts}
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

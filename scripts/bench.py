@@ -97,7 +97,7 @@ def page(report: Mapping[str, Mapping[str, Any]]) -> str:
     for name in (*CASES, "gpu"):
         if name in report:
             case = report[name]
-            parts.append(f"{case['text'].rstrip()}\n\n{case['machine']}, {case['rounds']} rounds.\n")
+            parts.append(f"{case['text'].rstrip()}\n\n{case['machine']}; `--rounds {case['rounds']}`.\n")
     return "\n".join(parts)
 
 

@@ -177,7 +177,7 @@ def test_cases_that_are_not_run_again_stay_on_the_page(tmp_path: Path, monkeypat
     told = json.loads((tmp_path / "speed.json").read_text(encoding="utf8"))
     assert told["tax"] == old and told["gpu"]["found"][0]["name"] == "tiny"
     page = (tmp_path / "speed.md").read_text(encoding="utf8")
-    assert page.index("what was found\n\na box, 3 rounds.") < page.index("## Against the limits of the device")
+    assert page.index("what was found\n\na box; `--rounds 3`.") < page.index("## Against the limits of the device")
 
 
 def test_an_unknown_case_is_refused() -> None:

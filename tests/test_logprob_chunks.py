@@ -185,3 +185,26 @@ def test_the_work_is_one_more_product_and_one_gradient(frozen: bool, products: i
     sizes = [storage.nbytes() for address, storage in work.storages.items() if address not in own]
     assert sum(size >= weight for size in sizes) == (0 if frozen else 1)
     assert max(size for size in sizes if size < weight) <= 4 * limit
+
+
+def test_a_second_derivative_with_tied_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    head = nn.Linear(6, 40, bias=False, dtype=torch.float64)
+    head.weight = nn.Parameter(weight.detach().clone())
+    ids, targets = torch.randint(40, (9,), generator=generator), torch.randint(40, (9,), generator=generator)
+    first = []
+    for limit in (64, 2**22):
+        found, _ = packed_logprobs(head.weight[ids], head, targets, 1.0, limit)
+        [gradient] = torch.autograd.grad(found.sum(), [head.weight], create_graph=True)
+        first.append(gradient)
+    torch.testing.assert_close(*first)
+
+
+def test_a_head_whose_forward_was_replaced_goes_by_rows() -> None:
+    head = nn.Linear(6, 40)
+    original = head.forward
+    head.forward = lambda hidden: 2 * original(hidden)  # as accelerate's hooks do
+    hidden, targets = torch.randn(9, 6, generator=torch.Generator().manual_seed(0)), torch.arange(9)
+    small, large = (packed_logprobs(hidden, head, targets, 1.0, limit)[0] for limit in (64, 2**22))
+    torch.testing.assert_close(small, large)

@@ -14,6 +14,7 @@ from tests.conftest import MAKERS, V, make_gpt2, make_llama, make_qwen2
 from textenv.attention import attend_one
 from textenv.decoders import row_decoder
 from textenv.models import Shared
+from textenv.packing import Packing, packed_hidden
 from textenv.recompute import Decoder, RecomputeDecoder
 from textenv.row_cache import RowDecoder
 
@@ -267,3 +268,58 @@ def test_a_decoder_borrows_the_attention_and_gives_it_back(tiny_llama: Any, monk
         decoder.advance(torch.tensor([3]))
     assert kinds == ["sdpa", "textenv_one_token", "textenv_one_token"]
     assert tiny_llama.config._attn_implementation == "sdpa"
+
+
+def test_a_compiled_trunk_learns_compiled_and_decodes_as_it_is() -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    plain, compiled = make_llama(), make_llama()
+    compiled.base_model.compile(backend=backend)
+    ids, lengths = torch.randint(V, (3, 6), generator=torch.Generator().manual_seed(0)), torch.tensor([6, 2, 4])
+    pack = Packing.of(lengths)
+    found = [packed_hidden(lm.base_model, ids, pack) for lm in (plain, compiled)]
+    torch.testing.assert_close(*found, rtol=0, atol=TOLERANCE)
+    learnt = len(graphs)
+    assert learnt > 0
+    decoders = [RowDecoder(lm, 3, 12) for lm in (plain, compiled)]
+    for decoder in decoders:
+        decoder.prefill(None, ids, lengths)
+    for step in range(4):
+        one, two = (decoder.advance(ids[:, step]) for decoder in decoders)
+        torch.testing.assert_close(one, two, rtol=0, atol=TOLERANCE)
+    assert len(graphs) == learnt
+
+
+@pytest.mark.parametrize("which", ["narrow values", "a mask of each head", "rows without padding", "two tokens"])
+def test_what_one_token_attention_does_not_do_is_left_to_sdpa(which: str) -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 4, 1, 6, generator=generator), torch.randn(2, 4, 5, 6, generator=generator)
+    value, mask, others = torch.randn(2, 4, 5, 6, generator=generator), None, {}
+    if which == "narrow values":
+        value = value[..., :3]
+    elif which == "a mask of each head":
+        mask = torch.randn(2, 4, 1, 5, generator=generator)
+    elif which == "two tokens":
+        query = torch.randn(2, 4, 5, 6, generator=generator)
+    else:
+        query, key, value = (t[:1, :, :1].expand(1, 4, 5, 6) for t in (query, key, value))
+        pack = Packing.of(torch.tensor([2, 3]))
+        mask, others = pack.mask, {"packing": pack}
+    layer = torch.nn.Module()
+    found, _ = attend_one(layer, query, key, value, mask, scaling=0.4, **others)
+    expected, _ = (attention.attend_packed if others else sdpa_attention_forward)(
+        layer, query, key, value, mask, scaling=0.4, **others
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_fixed_steps_want_sdpa() -> None:
+    decoder = RowDecoder(make_llama(attn_implementation="eager"), 2, 8)
+    with pytest.raises(ValueError, match="attention: expected \"sdpa\", got 'eager'"):
+        decoder.fixed_step()

@@ -1,24 +1,23 @@
-"""Attention lent to a transformers model for one forward: of one new token per row, and of rows without padding.
+"""Attention of one new token per row, and of rows without padding, inside of the forwards of transformers.
 
-A model finds its attention by the name in its configuration. Here the name is changed for the time of a forward and put
-back, so nothing is left on a model that others may use.
+A model finds its attention by the name in its configuration. Rows without padding come under "sdpa" itself, which hears
+of them by a keyword that models hand on, and is what it was without it. For one new token the name is changed for the
+time of the forward; whoever else runs the model meanwhile gets the same numbers.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Kind = Literal["textenv_one_token", "textenv_packed"]
-
+_ONE_TOKEN = "textenv_one_token"
 _PRODUCTS_WIN = ("cpu",)
 """Devices on which two plain products beat the fused kernel for one query."""
 _SPECIAL = ("position_bias", "cache", "s_aux")
@@ -26,25 +25,24 @@ _SPECIAL = ("position_bias", "cache", "s_aux")
 
 
 @contextmanager
-def lent_attention(config: Any, kind: Kind) -> Iterator[None]:
-    """Attend by one of the two kinds, if the model attends by "sdpa"; any other choice is left alone.
+def one_token_attention(config: Any) -> Iterator[None]:
+    """Decode with `attend_one`, if the model attends by "sdpa"; any other choice is left alone.
 
     Args:
-        config: The text model's, for which `can_borrow` was true.
-        kind: Which.
+        config: The text model's, for which `can_attend` was true.
     """
     if config._attn_implementation != "sdpa":
         yield
         return
-    config._attn_implementation_internal = kind  # not the property, which looks through nested configurations
+    config._attn_implementation_internal = _ONE_TOKEN  # not the property, which looks through nested configurations
     try:
         yield
     finally:
         config._attn_implementation_internal = "sdpa"
 
 
-def can_borrow(trunk: Any) -> bool:
-    """Whether a model finds its attention by name."""
+def can_attend(trunk: Any) -> bool:
+    """Whether a model finds its attention by name, so that it may be one of these."""
     if not getattr(trunk, "_supports_attention_backend", False):
         return False
     _register()
@@ -56,7 +54,7 @@ def plain_attention(trunk: Any, columns: int) -> bool:
     if not _takes_positions(type(trunk)):
         return False
     config = trunk.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(config, "layer_types", None) or getattr(config, "block_types", None) or ["full_attention"])
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     # Older families (GPT-Neo) name local layers in their own way: anything unusual is recomputed, and stays exact.
     unusual = kinds - {"full_attention", "sliding_attention"} or getattr(config, "attention_types", None)
@@ -66,34 +64,6 @@ def plain_attention(trunk: Any, columns: int) -> bool:
 @cache
 def _takes_positions(kind: type) -> bool:
     return {"past_key_values", "position_ids"} <= set(inspect.signature(kind.forward).parameters)
-
-
-@dataclass
-class KeepAttention:
-    """`context_fn` of checkpointed layers: what runs again in the backward pass attends as it did in the forward.
-
-    A class, because models are copied and pickled, and their configurations with them.
-    """
-
-    config: Any
-    """The text model's."""
-
-    def __call__(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """The contexts of a layer's forward and of its repetition."""
-        kind = self.config._attn_implementation
-        return nullcontext(), lent_attention(self.config, kind) if kind in get_args(Kind) else nullcontext()
-
-
-def checkpoints_otherwise(trunk: Any) -> bool:
-    """Whether layers would be computed again in the backward pass without `KeepAttention`."""
-    if not (trunk.training and torch.is_grad_enabled()):
-        return False
-    switch = getattr(trunk, "gradient_checkpointing", None)  # the layers follow it; asking each takes its time
-    if not (trunk.is_gradient_checkpointing if switch is None else switch):
-        return False
-    functions = (getattr(module, "_gradient_checkpointing_func", None) for module in trunk.modules())
-    contexts = (getattr(function, "keywords", {}).get("context_fn") for function in functions if function is not None)
-    return not all(isinstance(context, KeepAttention) for context in contexts)
 
 
 def attend_one(
@@ -121,8 +91,10 @@ def attend_one(
     Returns:
         `[B, 1, H, D]`, and None for the weights.
     """
-    if dropout or any(others.get(name) is not None for name in _SPECIAL):
-        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, **others)
+    special = query.shape[2] != 1 or dropout or any(others.get(name) is not None for name in ("packing", *_SPECIAL))
+    # Keys wider than values (MLA), or a mask of each head (Doge), is left to "sdpa".
+    if special or key.shape[-1] != value.shape[-1] or (attention_mask is not None and attention_mask.shape[1] != 1):
+        return _attend(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
     rows, heads, _, size = query.shape
     # The heads that share keys are queries of one product: "sdpa" under a mask would copy the keys for each.
     grouped = query.reshape(rows, key.shape[1], -1, size)
@@ -159,7 +131,7 @@ def attend_packed(
         query: `[1, H, N, D]`.
         key: `[1, K, N, D]`, H a multiple of K.
         value: `[1, K, N, D]`.
-        attention_mask: None; rows and causality are the mask.
+        attention_mask: That of the packing, a placeholder: rows and causality are the mask.
         dropout: Share of the weights.
         scaling: Of the scores; None: D^-½.
         packing: The `textenv.packing.Packing` of the rows.
@@ -171,7 +143,8 @@ def attend_packed(
     Raises:
         NotImplementedError: If more is asked for.
     """
-    if any(others.get(name) is not None for name in _SPECIAL) or key.shape[-1] != value.shape[-1]:
+    changed = attention_mask is None or attention_mask.numel() != 1  # a model that makes a mask of its own is not heard
+    if changed or any(others.get(name) is not None for name in _SPECIAL) or key.shape[-1] != value.shape[-1]:
         raise NotImplementedError("attention: expected plain causal attention, got one with biases, sinks or two sizes")
     heads, shared = [query.shape[1], key.shape[1], value.shape[1]], query.shape[1] != key.shape[1]
     # Queries, keys and values together, and all groups by one split: every operation has its price, twice in backward.
@@ -199,11 +172,12 @@ def _register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register("textenv_one_token", attend_one)
-    AttentionMaskInterface.register("textenv_one_token", sdpa_mask)
-    AttentionInterface.register("textenv_packed", attend_packed)
-    AttentionMaskInterface.register("textenv_packed", _no_mask)
+    AttentionInterface.register(_ONE_TOKEN, attend_one)
+    AttentionMaskInterface.register(_ONE_TOKEN, sdpa_mask)
+    AttentionInterface.register("sdpa", _attend)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The packing says which token sees which."""
+def _attend(*arguments: Any, packing: Any = None, **others: Any) -> tuple[Tensor, None]:
+    if packing is None:
+        return _sdpa(*arguments, **others)
+    return attend_packed(*arguments, packing=packing, **others)

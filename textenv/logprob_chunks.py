@@ -46,6 +46,7 @@ def is_plain_linear(head: Any) -> TypeGuard[nn.Linear]:
     """Whether `head(hidden)` is `hidden @ weight.T + bias` and no more: no subclass, no hook, no sharded weight."""
     return (
         type(head) is nn.Linear
+        and "forward" not in vars(head)
         and type(head.weight) in (Tensor, nn.Parameter)
         and not (head._forward_hooks or head._forward_pre_hooks or head._backward_hooks or head._backward_pre_hooks)
     )
@@ -207,6 +208,9 @@ def _gradient_with_graph(
     needs: tuple[bool, ...],
 ) -> list[Tensor | None]:
     """The gradient by operations that can be differentiated again."""
+    # Names of their own: with tied weights `hidden` hangs on `weight`, and that path is autograd's, outside of here.
+    hidden, weight = hidden.view_as(hidden), weight.view_as(weight)
+    bias = None if bias is None else bias.view_as(bias)
 
     def head(h: Tensor) -> Tensor:
         b = None if bias is None else bias.to(blocks.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from textenv.attention import can_borrow, lent_attention, plain_attention
+from textenv.attention import can_attend, one_token_attention, plain_attention
 from textenv.models import Shared, backbone, unwrap
 from textenv.recompute import (
     can_checkpoint,
@@ -122,7 +122,10 @@ class RowDecoder:
         self._lengths = np.zeros(rows, dtype=np.int64)  # on the host: choosing the path must not wait for the device
         self._columns = columns
         self._position_ids = torch.arange(columns, device=self._device)
-        self._attention_by_name = can_borrow(self._backbone)
+        self._attention_by_name = can_attend(self._backbone)
+        # A compiled forward is for the shapes of learning; each step of decoding has another, and would compile anew.
+        compiled = getattr(self._backbone, "_compiled_call_impl", None) is not None
+        self._call: Any = self._backbone._call_impl if compiled else self._backbone  # type: ignore[union-attr]
         self._checkpointing = [m for m in self._backbone.modules() if can_checkpoint(m)]
 
     @property
@@ -202,7 +205,12 @@ class RowDecoder:
 
         Nothing of it waits for the host, so a CUDA graph can hold it. Attention looks at all reserved columns. As long
         as it is used, the decoder must not be used otherwise; afterwards `lengths` are those from before.
+
+        Raises:
+            ValueError: If the model does not attend by "sdpa": others would add the mask, of bools, to their scores.
         """
+        if self._config._attn_implementation != "sdpa":
+            raise ValueError(f'attention: expected "sdpa", got {self._config._attn_implementation!r}')
         positions = self.lengths
         every, columns = torch.arange(len(positions), device=self._device), self._position_ids[: self._columns]
 
@@ -243,12 +251,12 @@ class RowDecoder:
         return self._config.hidden_size
 
     def _one_token(self, tokens: Tensor, mask: Tensor | None, position_ids: Tensor) -> Tensor:
-        with lent_attention(self._config, "textenv_one_token") if self._attention_by_name else nullcontext():
+        with one_token_attention(self._config) if self._attention_by_name else nullcontext():
             return self._forward(tokens[:, None], mask, position_ids)[:, 0]
 
     def _forward(self, ids: Tensor, mask: Tensor | None, position_ids: Tensor) -> Tensor:
         with self._shared.scope(), checkpointing_off(self._checkpointing):
-            return self._backbone(
+            return self._call(
                 input_ids=ids,
                 attention_mask=mask,
                 position_ids=position_ids,

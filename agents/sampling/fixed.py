@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -57,12 +59,29 @@ def fixed_decode(
     for number in range(steps - 1):
         # The first step warms up whatever allocates at its first use; the second is recorded.
         if number == 1 and hidden.device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                step()
-            replay = graph.replay
+            replay = _recorded(step, hidden.device)
         replay()
         if (number + 1) % _LOOK_EVERY == 0 and bool(ended.all()):
             return tokens, logprobs
     step(last=True)
     return tokens, logprobs
+
+
+def _recorded(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The step as a CUDA graph; as it is, if it cannot be one. Recording does nothing of what is recorded."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=_capture_stream(device)):
+            step()
+    except RuntimeError as error:
+        warnings.warn(
+            f"cuda_graph: a step of this model cannot be recorded and runs without a graph: {error}", stacklevel=2
+        )
+        return step
+    return graph.replay
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of the model's device: PyTorch's own is of the one that was current at its first capture."""
+    return torch.cuda.Stream(device)

@@ -33,9 +33,9 @@ class TransformersSampler:
         Args:
             policy: A `ValueHeadLM`, a Hugging Face causal LM, a PEFT model around one, or a `Shared` one.
             max_batch: Most rows decoded at once (None: all).
-            cuda_graph: Whether a step is recorded once and replayed, which spares the launches that bound small
-                batches on a GPU. Rows that ended are then carried to the end. Needs "sdpa" attention; elsewhere than on
-                CUDA the same steps run without a graph.
+            cuda_graph: Whether a step is recorded once in each call and replayed, which spares the launches that bound
+                small batches on a GPU. Rows that ended are then carried to the end. Needs "sdpa" attention; elsewhere
+                than on CUDA the same steps run without a graph.
 
         Raises:
             ValueError: If `max_batch` is not positive.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import torch
@@ -34,6 +34,7 @@ from scripts.benching.timing import Competitor, Timing, measure, table
 
 PHASES = ("generate", "reference", "reward", "values", "update", "gc")
 TRL, TRL_NO_GC, BF16 = "TRL", "TRL, no gc", "native, separate, bf16"
+COMPILED = "native, shared, compiled"
 CRITICS = ("separate", "shared")
 FLOOR_GOAL = 1.15
 FLOOR_BATCHES = 4
@@ -46,8 +47,9 @@ One iteration: the responses, a reference, a score that costs nothing, values, a
 epochs of {minibatches} minibatches), prompts of {prompt} tokens, float32. "TRL" is 1.12.0, the last that had a PPO; it
 trains a critic of its own, so "separate" is its match. "no gc": its own two calls of `gc.collect()` an iteration do
 nothing. "floor" is what the models' own forwards and backwards cost with nothing around them: bare decoding of the
-same tokens, a reference forward, a value forward, and each minibatch's forward, backward and fused Adam step. It is no
-bound of the possible where responses are ragged: it pads them.
+same tokens (by the decoder of this project), a reference forward, a value forward, and each minibatch's forward,
+backward and fused Adam step. It is no
+bound of the possible where responses are ragged: it pads them. "compiled" has its trunk compiled for learning.
 
 In the tables of phases (CPU seconds, medians), "values" is for the native agent all that collecting has left (its own
 log-probs of the responses, values, entropies), for TRL the value forward; "update" is for TRL all that is left.
@@ -125,6 +127,8 @@ def measure_task(task: Task, rounds: int, tell: Callable[[str], None], *, bf16: 
     for critic in CRITICS:
         makers[f"native, {critic}"] = partial(NativeIteration, task, critic)
         makers[f"floor, {critic}"] = partial(FloorIteration, task, batches, shared=critic == "shared")
+    if task.stop is None:
+        makers[COMPILED] = partial(NativeIteration, task, "shared", compiled=True)
     if bf16:
         makers[BF16] = partial(NativeIteration, task, "separate", bf16=True)
     made = {name: make() for name, make in makers.items()}
@@ -171,17 +175,20 @@ def _absent() -> str:
 class NativeIteration:
     """Calling it does one iteration of the native agent."""
 
-    def __init__(self, task: Task, critic: str, *, bf16: bool = False) -> None:
+    def __init__(self, task: Task, critic: str, *, bf16: bool = False, compiled: bool = False) -> None:
         """Load the policy and its environment.
 
         Args:
             task: What to learn from.
             critic: `"separate"` or `"shared"`.
             bf16: Whether forwards run under autocast.
+            compiled: Whether the policy's trunk is compiled, when it first learns.
         """
         torch.manual_seed(0)
         self.phases = Phases()
         policy = ValueHeadLM.from_pretrained(task.folder, critic=critic)
+        if compiled:
+            cast(Any, policy.lm).base_model.compile()
         sampler = TransformersSampler(policy)
         reward: Any = self.phases.timed("reward", free_score)
         reward.wants_ids = True
