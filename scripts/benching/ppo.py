@@ -95,8 +95,8 @@ def run(rounds: int, model: Path | None, tell: Callable[[str], None]) -> tuple[s
     with tempfile.TemporaryDirectory() as folder:
         random = random_task(Path(folder))
         parts = [
-            (EQUAL_GOALS, measure_task(equal, rounds, tell)),
-            (EQUAL_GOALS, measure_task(random, rounds, tell, bf16=has_amx())),
+            (EQUAL_GOALS, measure_task(equal, rounds, tell, compiled=True)),
+            (EQUAL_GOALS, measure_task(random, rounds, tell, bf16=has_amx(), compiled=True)),
             (RAGGED_GOALS, measure_task(ragged, RAGGED_ROUNDS * rounds, tell)),
         ]
     text = _TEXT.format(steps=EPOCHS * MINIBATCHES, epochs=EPOCHS, minibatches=MINIBATCHES, prompt=equal.prompt_length)
@@ -109,7 +109,9 @@ def has_amx() -> bool:
     return told.is_file() and "amx_bf16" in told.read_text(encoding="utf8")
 
 
-def measure_task(task: Task, rounds: int, tell: Callable[[str], None], *, bf16: bool = False) -> list[IterationTiming]:
+def measure_task(
+    task: Task, rounds: int, tell: Callable[[str], None], *, bf16: bool = False, compiled: bool = False
+) -> list[IterationTiming]:
     """Time all competitors at one task, in turn.
 
     Args:
@@ -117,6 +119,7 @@ def measure_task(task: Task, rounds: int, tell: Callable[[str], None], *, bf16: 
         rounds: How often.
         tell: Called with a line of progress.
         bf16: Whether the native agent is timed under autocast too.
+        compiled: Whether it is timed with a compiled trunk too.
     """
     makers: dict[str, Callable[[], Any]] = {}
     if ppo_trl.is_there():
@@ -127,7 +130,7 @@ def measure_task(task: Task, rounds: int, tell: Callable[[str], None], *, bf16: 
     for critic in CRITICS:
         makers[f"native, {critic}"] = partial(NativeIteration, task, critic)
         makers[f"floor, {critic}"] = partial(FloorIteration, task, batches, shared=critic == "shared")
-    if task.stop is None:
+    if compiled:
         makers[COMPILED] = partial(NativeIteration, task, "shared", compiled=True)
     if bf16:
         makers[BF16] = partial(NativeIteration, task, "separate", bf16=True)

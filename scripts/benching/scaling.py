@@ -26,8 +26,8 @@ _TEXT = """## Scaling
 
 One iteration of PPO (1 epoch, 1 minibatch, forwards of {microbatch} episodes, shared critic, a reference) of a random
 Llama: hidden {hidden}, {layers} layers. Exponents are of least squares on logarithms: of CPU seconds, and of the
-floating-point operations of matrix products counted at the same sizes ("theory"; norms, activations and softmaxes are not
-counted). The other sizes are chosen so that the one that grows counts.
+floating-point operations of matrix products counted at the same sizes ("theory"; norms, activations and softmaxes are
+not counted). The other sizes are chosen so that the one that grows counts.
 
 """
 
