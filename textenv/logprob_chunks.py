@@ -128,7 +128,8 @@ class _BlockLogprobs(torch.autograd.Function):
                 logits = blocks.logits(hidden[rows], weight[columns], None if bias is None else bias[columns])
                 saved = top[rows, None], total[rows, None], entropy[rows, None]
                 back = blocks.gradient(logits, targets[rows], columns, saved, [grad[rows, None] for grad in grads])
-                bias_sum += back.sum(0)
+                if grad_bias is not None:
+                    bias_sum += back.sum(0)
                 if grad_hidden is not None:
                     blocks.add_product(grad_hidden[rows], back, weight[columns])
                 if grad_weight is not None:
