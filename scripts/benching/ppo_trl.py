@@ -73,7 +73,7 @@ def _of(
 
 def _module() -> Any:
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    from trl.experimental.ppo import ppo_trainer
+    from trl.experimental.ppo import ppo_trainer  # type: ignore[import-not-found]  # of the extra `bench`
 
     return ppo_trainer
 
