@@ -130,7 +130,7 @@ class TianshouConfig:
 DEFAULTS: dict[str, TianshouConfig] = {
     "ppo": TianshouConfig(),
     "a2c": TianshouConfig(epochs=1, learning_rate=4e-4),
-    "reinforce": TianshouConfig(epochs=1, learning_rate=6e-4),
+    "reinforce": TianshouConfig(epochs=1, learning_rate=3e-4),
     "npg": TianshouConfig(epochs=1, minibatches=1, learning_rate=1e-3),
     "trpo": TianshouConfig(epochs=1, minibatches=1, learning_rate=1e-3),
     "dqn": TianshouConfig(learning_rate=3e-4),
