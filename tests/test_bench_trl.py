@@ -11,9 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from scripts.benching import ppo, ppo_trl
+from scripts.benching.models import FreeScore
 from scripts.benching.ppo import BF16, TRL, TRL_NO_GC, Goal, IterationTiming, NativeIteration, measure_task, section
 from scripts.benching.ppo_floor import FloorIteration
-from scripts.benching.ppo_task import EPOCHS, MINIBATCHES, Phases, Task, free_score, random_task, story_tasks
+from scripts.benching.ppo_task import EPOCHS, MINIBATCHES, Phases, Task, random_task, story_tasks
 
 ROWS, TOKENS, PROMPT = 4, 5, 8
 STEPS = EPOCHS * MINIBATCHES
@@ -163,7 +164,7 @@ def test_trl_is_paid_the_same_score(task: Task) -> None:
     texts = torch.cat([ids, torch.full((4, 1), task.vocab_size)], 1)
     _, scores, _ = get_reward(trl.trainer.reward_model, texts, task.vocab_size, PROMPT)
     responses = [row[PROMPT : PROMPT + n].tolist() for row, n in zip(ids, lengths.tolist(), strict=True)]
-    assert scores.tolist() == pytest.approx(free_score([], responses))
+    assert scores.tolist() == pytest.approx(FreeScore()([], responses))
     assert len(set(scores.tolist())) > 1
 
 

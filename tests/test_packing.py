@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import textenv.packing as packing
+import textenv.short_attention as short_attention
 from agents import ValueHeadLM
 from tests.conftest import MAKERS, V, make_llama, make_qwen2
 from textenv.packing import Packing, packed_hidden
@@ -57,13 +58,15 @@ def in_rows(hidden: torch.Tensor, pack: Packing, lengths: list[int]) -> torch.Te
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 @settings(max_examples=25, deadline=None)
-@given(lengths=lengths_of_rows, spare=st.sampled_from([1, 200, 10**9]))
-def test_any_rows_are_each_row_alone_with_gradients(name: str, lengths: list[int], spare: int) -> None:
+@given(lengths=lengths_of_rows, spare=st.sampled_from([1, 200, 10**9]), short=st.sampled_from([0, 64]))
+@example(lengths=[2, 70], spare=1, short=64)
+def test_any_rows_are_each_row_alone_with_gradients(name: str, lengths: list[int], spare: int, short: int) -> None:
     model, ids = MODELS[name], rows_of(lengths)
     pack = Packing.of(torch.tensor(lengths))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(packing._CALL_IN_CELLS, "cpu", spare)
         patch.setattr(packing, "_WORTH_IT", 1.0)
+        patch.setattr(short_attention, "_WIDTH", short)
         pack = Packing.of(torch.tensor(lengths))
         found = in_rows(packed_hidden(model.base_model, ids, pack), pack, lengths)
         expected = alone(model, ids, lengths)

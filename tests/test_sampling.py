@@ -100,6 +100,24 @@ def test_draw_inverts_the_distribution() -> None:
     assert torch.allclose(logprobs.exp(), torch.tensor([0.5, 0.5, 0.25, 0.25, 0.25, 0.5]))
 
 
+@pytest.mark.parametrize("vocab", [2047, 2048, 2049, 5000])
+def test_draw_inverts_large_vocabularies_too(vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    logits = 4 * torch.randn(300, vocab, generator=generator)
+    logits[:, 128:512] = -torch.inf  # whole blocks without probability, and the end
+    logits[:, -130:] = -torch.inf
+    logits[150:, :128] = -torch.inf
+    uniforms = torch.rand(300, dtype=torch.float64, generator=generator)
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    uniforms[:2], uniforms[150:152] = ends, ends
+    tokens, logprobs = draw(logits, uniforms, 1.0)
+    for row, u, token in zip(logits.softmax(-1).double().numpy(), uniforms.tolist(), tokens.tolist(), strict=True):
+        sums = np.cumsum(row)
+        assert token == np.searchsorted(sums, u * sums[-1], side="right")
+        assert row[token] > 0
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+
+
 def test_seeds() -> None:
     model = make_llama()
     assert _sample(model) == _sample(model)

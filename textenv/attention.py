@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from textenv.short_attention import ShortAttention, is_short
+
 _ONE_TOKEN = "textenv_one_token"
 _PRODUCTS_WIN = ("cpu",)
 """Devices on which two plain products beat the fused kernel for one query."""
@@ -123,8 +125,8 @@ def attend_packed(
 ) -> tuple[Tensor, None]:
     """Causal attention within each of B rows whose N tokens stand in one, row after row.
 
-    All else in the layer is computed of N tokens; here they are laid out as padded rows, for the fused kernel, those of
-    similar lengths together.
+    All else in the layer is computed of N tokens; here they are laid out as padded rows, those of similar lengths
+    together, for the fused kernel, or for plain products where those are faster.
 
     Args:
         module: The attention layer.
@@ -146,6 +148,10 @@ def attend_packed(
     changed = attention_mask is None or attention_mask.numel() != 1  # a model that makes a mask of its own is not heard
     if changed or any(others.get(name) is not None for name in _SPECIAL) or key.shape[-1] != value.shape[-1]:
         raise NotImplementedError("attention: expected plain causal attention, got one with biases, sinks or two sizes")
+    if not dropout and is_short(query, packing):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        return ShortAttention.apply(*rows, scale, packing.groups)[None], None
     heads, shared = [query.shape[1], key.shape[1], value.shape[1]], query.shape[1] != key.shape[1]
     # Queries, keys and values together, and all groups by one split: every operation has its price, twice in backward.
     tokens = torch.cat([tensor[0].transpose(0, 1) for tensor in (query, key, value)], dim=1)

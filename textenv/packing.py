@@ -106,7 +106,7 @@ def _alike(sizes: np.ndarray, call: int) -> list[tuple[int, int]]:
 def packed_hidden(trunk: Any, input_ids: Tensor, packing: Packing) -> Tensor:
     """Final hidden states of the tokens, `[N, H]`, each as in a forward of its row alone.
 
-    No mask is passed: in a causal model no token sees the padding on its right, positions count from 0, and attention
+    Nothing is masked: in a causal model no token sees the padding on its right, positions count from 0, and attention
     keeps its fast path. Where much of the batch is padding and the model allows it, all but attention is computed of
     the N tokens alone.
 

@@ -12,8 +12,8 @@ import torch
 import textenv
 import textenv.models
 from agents import PPO, PPOConfig, ValueHeadLM
+from scripts.benching.models import FreeScore, story_model
 from scripts.benching.timing import Competitor, Timing, measure, table
-from scripts.valence import model_folder
 
 ROWS, PROMPT, TOKENS, EPOCHS, MINIBATCHES = 64, 8, 48, 4, 4
 NATIVE = "native"
@@ -31,11 +31,11 @@ minibatches of whole episodes; "naive" is stock with prefix cache and prefix sha
 
 def run(rounds: int, model: Path | None, tell: Callable[[str], None]) -> tuple[str, list[Timing]]:
     """Measure; the text of the page, and what was found."""
-    folder = model or (model_folder() if model_folder().is_dir() else textenv.embedded.STORYTELLER)
+    folder = story_model(model)
     competitors = [Competitor(NATIVE, lambda: _native(folder))]
     competitors += _tianshou(folder) + _sb3(folder)
     timings = measure(competitors, rounds, tell)
-    return page(timings, Path(folder).name), timings
+    return page(timings, folder.name), timings
 
 
 def page(timings: Sequence[Timing], model: str) -> str:
@@ -62,21 +62,13 @@ def _envs(folder: Path, rows: int, **options: Any) -> Any:
         "RLHF-Text-v0",
         num_envs=rows,
         reference=str(folder),
-        reward=_free,
+        reward=FreeScore(),
         prompts=torch.randint(3, width, (4 * ROWS, PROMPT), generator=generator).tolist(),
         max_new_tokens=TOKENS,
         stop_token_ids=[],
         kl_coef=0.1,
         **options,
     )
-
-
-def _free(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
-    """The share of even ids: a score that costs nothing."""
-    return [sum(token % 2 == 0 for token in response) / len(response) for response in responses]
-
-
-_free.wants_ids = True  # type: ignore[attr-defined]
 
 
 def _native(folder: Path) -> Callable[[], object]:

@@ -1,12 +1,16 @@
-"""Random Llamas of any shape, made of a configuration, and what running them costs by count."""
+"""What the cases have in common: their models, what running a Llama of any shape costs by count, and a free score."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from scripts.valence import model_folder
+from textenv.embedded import STORYTELLER
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,11 @@ class FreeScore:
     def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
         """One score a response."""
         return [sum(token % 2 == 0 for token in response) / len(response) for response in responses]
+
+
+def story_model(given: Path | None) -> Path:
+    """The folder that is given; without one stories260K of the material, or the embedded storyteller."""
+    return Path(given or (model_folder() if model_folder().is_dir() else STORYTELLER))
 
 
 def llama(

@@ -18,6 +18,7 @@ from agents import PPO, PPOConfig, ValueHeadLM
 from agents.rollout import Rollout
 from agents.sampling import TransformersSampler
 from scripts.benching import ppo_trl
+from scripts.benching.models import FreeScore
 from scripts.benching.ppo_floor import FloorIteration
 from scripts.benching.ppo_task import (
     EPOCHS,
@@ -26,7 +27,6 @@ from scripts.benching.ppo_task import (
     MINIBATCHES,
     Phases,
     Task,
-    free_score,
     random_task,
     story_tasks,
 )
@@ -193,7 +193,7 @@ class NativeIteration:
         if compiled:
             cast(Any, policy.lm).base_model.compile()
         sampler = TransformersSampler(policy)
-        reward: Any = self.phases.timed("reward", free_score)
+        reward: Any = self.phases.timed("reward", FreeScore())
         reward.wants_ids = True
         envs = gym.make_vec(
             "RLHF-Text-v0",

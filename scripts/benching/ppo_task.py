@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import textenv.embedded
-from scripts.valence import MATERIAL, model_folder
+from scripts.benching.models import story_model
+from scripts.valence import MATERIAL
 from textenv.models import load_config, load_tokenizer, no_progress_bar
 
 EPOCHS, MINIBATCHES = 4, 4
@@ -60,18 +61,18 @@ def story_tasks(model: Path | None, *, rows: int = 64, tokens: int = 48) -> tupl
         rows: Episodes of an iteration.
         tokens: Longest response.
     """
-    folder = model or (model_folder() if model_folder().is_dir() else textenv.embedded.STORYTELLER)
+    folder = story_model(model)
     tokenizer = load_tokenizer(folder, argument="model")
     openings = MATERIAL / "data" / "tinystories_openings.txt"
     if not openings.is_file():
         openings = textenv.embedded.STORYTELLER.parent / "prompts.txt"
     encoded = (tokenizer(line.strip())["input_ids"] for line in openings.read_text(encoding="utf8").splitlines())
     prompts = [list(ids[:8]) for ids in encoded if len(ids) >= 8]
-    name, stop = Path(folder).name, tokenizer.convert_tokens_to_ids(".")
+    stop = tokenizer.convert_tokens_to_ids(".")
     assert isinstance(stop, int)  # of one token; a list of several
     return (
-        Task(f"{name} {rows}×{tokens}", Path(folder), prompts, rows, tokens),
-        Task(f"{name} {rows}×{tokens}, ragged", Path(folder), prompts, rows, tokens, stop),
+        Task(f"{folder.name} {rows}×{tokens}", folder, prompts, rows, tokens),
+        Task(f"{folder.name} {rows}×{tokens}, ragged", folder, prompts, rows, tokens, stop),
     )
 
 
@@ -104,11 +105,6 @@ def number_tokenizer(largest: int, *, pad: int, end: int) -> PreTrainedTokenizer
         eos_token=str(end),
         padding_side="left",
     )
-
-
-def free_score(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
-    """The share of even ids: a score that costs next to nothing."""
-    return [sum(token % 2 == 0 for token in response) / len(response) for response in responses]
 
 
 class Phases:

@@ -151,7 +151,7 @@ def _trainer(task: Task, folder: str) -> Any:
 
 
 class _FreeReward(nn.Module):
-    """`free_score` in the shape that TRL asks for: a backbone whose hidden states `score` reads."""
+    """`FreeScore` in the shape that TRL asks for: a backbone whose hidden states `score` reads."""
 
     base_model_prefix = "backbone"
 

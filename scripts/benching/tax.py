@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
-import textenv
-import textenv.models
 from agents import ValueHeadLM
 from agents.prefix import PrefixNetwork
 from agents.sampling.draw import draw
+from scripts.benching.models import FreeScore, story_model
 from scripts.benching.timing import Competitor, Timing, measure, table
-from scripts.valence import model_folder
 from textenv.logprobs import selected_logprobs
 
 ROWS, PROMPT, TOKENS, KL_COEF = 64, 8, 48, 0.1
@@ -38,10 +36,10 @@ same number of useful tokens on both sides: {rows} responses of {tokens} tokens 
 
 def run(rounds: int, model: Path | None, tell: Callable[[str], None]) -> tuple[str, list[Timing]]:
     """Measure; the text of the page, and what was found."""
-    folder = model or (model_folder() if model_folder().is_dir() else textenv.embedded.STORYTELLER)
+    folder = story_model(model)
     timings, tables = [], []
     for ends in (False, True):
-        world = World(Path(folder), ends)
+        world = World(folder, ends)
         rivals = [Competitor(world.name("generate"), lambda world=world: world.generate)]
         rivals += [
             Competitor(
@@ -52,7 +50,7 @@ def run(rounds: int, model: Path | None, tell: Callable[[str], None]) -> tuple[s
         found = measure(rivals, rounds, tell)
         timings += found
         tables.append(table(found, [world.name("generate")]))
-    text = _TEXT.format(rows=ROWS, tokens=TOKENS, prompt=PROMPT, model=Path(folder).name)
+    text = _TEXT.format(rows=ROWS, tokens=TOKENS, prompt=PROMPT, model=folder.name)
     return text + "\n".join(tables) + "\n", timings
 
 
@@ -95,7 +93,7 @@ class World:
         hidden = self.reference.base_model(found).last_hidden_state[:, PROMPT - 1 : -1]
         selected_logprobs(hidden, self.reference.get_output_embeddings(), targets, mask=mask)
         responses = [row[:count] for row, count in zip(targets.tolist(), mask.sum(1).tolist(), strict=True)]
-        free_score(self.prompts.tolist(), responses)
+        FreeScore()(self.prompts.tolist(), responses)
         return int(mask.sum())
 
     def stepper(self, credit: str) -> Callable[[], object]:
@@ -105,7 +103,7 @@ class World:
             "RLHF-Text-v0",
             num_envs=ROWS,
             reference=str(self.folder),
-            reward=free_score,
+            reward=FreeScore(),
             prompts=self.prompts.tolist(),
             max_new_tokens=TOKENS,
             stop_token_ids=[STOP] if self.ends else [],
@@ -140,11 +138,3 @@ class _Stops(LogitsProcessor):
         scores[:, STOP] = -torch.inf
         scores[:, STOP] = scores.logsumexp(1) + math.log(STOP_PROBABILITY / (1 - STOP_PROBABILITY))
         return scores
-
-
-def free_score(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
-    """The share of even ids: a score that costs next to nothing."""
-    return [sum(token % 2 == 0 for token in response) / len(response) for response in responses]
-
-
-free_score.wants_ids = True  # type: ignore[attr-defined]
