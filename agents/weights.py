@@ -31,19 +31,23 @@ def weights_stamp(*models: nn.Module | None) -> tuple[Any, ...]:
     stamp: list[Any] = [_optimizer_steps]
     for device in ("cpu", "cuda"):
         stamp.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
+    found: list[Tensor | None] = []
     seen: set[nn.Module] = set()
-    left: list[nn.Module | None] = list(models)
-    while left:  # by hand, as this is done at every step: `modules()` takes several times as long
-        module = left.pop()
+    todo: list[nn.Module | None] = list(models)
+    for module in todo:  # which grows; by hand, as this is done at every step: `modules()` takes several times as long
         if module is None or module in seen:
             continue
         seen.add(module)
-        left += module._modules.values()
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                stamp += (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)  # those keep no count
+        todo += module._modules.values()
+        found += module._parameters.values()
+        found += module._buffers.values()
         if adapter is not None and isinstance(module, adapter):
             stamp.append(_adapter_state(module))
+    tensors = [tensor for tensor in found if tensor is not None]
+    stamp += map(Tensor.data_ptr, tensors)
+    stamp += [
+        -1 if tensor.is_inference() else tensor._version for tensor in tensors
+    ]  # those of inference keep no count
     return tuple(stamp)
 
 

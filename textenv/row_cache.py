@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from textenv.attention import can_attend, one_token_attention, plain_attention
+from textenv.attention import can_attend, one_token_attention, one_token_mask, plain_attention
 from textenv.models import Shared, backbone, unwrap
 from textenv.recompute import (
     can_checkpoint,
@@ -25,12 +25,12 @@ from textenv.recompute import (
 class _Plan:
     """Where the current forward writes, set by the decoder and read by every layer."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: Tensor) -> None:
+        self.every = every  # the numbers of all rows
         self.rows: Tensor | None = None  # None: all rows, in order
         self.start = 0  # the shared write position, where there is one
         self.positions: Tensor | None = None  # one write position per row, where they differ
         self.width = 0  # columns that attention looks at
-        self.every: Tensor | None = None  # the numbers of all rows, where nothing may be made anew
 
 
 class _RowLayer(CacheLayerMixin):
@@ -60,9 +60,7 @@ class _RowLayer(CacheLayerMixin):
     def _write(store: Tensor, new: Tensor, plan: _Plan) -> Tensor:
         rows, count = plan.rows, new.shape[2]
         if plan.positions is not None:
-            index = rows if rows is not None else plan.every
-            index = torch.arange(len(new), device=new.device) if index is None else index
-            store[index, :, plan.positions] = new[:, :, 0]
+            store[plan.every if rows is None else rows, :, plan.positions] = new[:, :, 0]
         elif rows is None:
             store[:, :, plan.start : plan.start + count] = new
         else:
@@ -115,7 +113,7 @@ class RowDecoder:
         self._shared = model if isinstance(model, Shared) else Shared(model)
         self._backbone = backbone(model)
         self._device = next(self._backbone.parameters()).device
-        self._plan = _Plan()
+        self._plan = _Plan(torch.arange(rows, device=self._device))
         self._config = unwrap(model).config.get_text_config()
         self._layers = [_RowLayer(self._plan, rows, columns) for _ in range(self._config.num_hidden_layers)]
         self._cache = Cache(layers=list(self._layers))
@@ -196,6 +194,8 @@ class RowDecoder:
             plan.positions = torch.from_numpy(old.copy()).to(self._device)
             position_ids = plan.positions[:, None]
             mask = self._position_ids[None, : longest + 1] <= position_ids
+            if self._attention_by_name:
+                mask = one_token_mask(self._config, mask)
         hidden = self._one_token(tokens.to(self._device), mask, position_ids)
         self._lengths[index] += 1
         return hidden
@@ -212,17 +212,14 @@ class RowDecoder:
         if self._config._attn_implementation != "sdpa":
             raise ValueError(f'attention: expected "sdpa", got {self._config._attn_implementation!r}')
         positions = self.lengths
-        every, columns = torch.arange(len(positions), device=self._device), self._position_ids[: self._columns]
+        columns = self._position_ids[: self._columns]
 
         @torch.no_grad()
         def step(tokens: Tensor) -> Tensor:
             plan = self._plan
-            plan.rows, plan.every, plan.start, plan.width, plan.positions = None, every, 1, self._columns, positions
-            try:
-                shown = (columns <= positions[:, None])[:, None, None]
-                hidden = self._one_token(tokens, shown, positions[:, None])
-            finally:
-                plan.every = None
+            plan.rows, plan.start, plan.width, plan.positions = None, 1, self._columns, positions
+            shown = (columns <= positions[:, None])[:, None, None]
+            hidden = self._one_token(tokens, shown, positions[:, None])
             positions.add_(1)
             return hidden
 
@@ -244,6 +241,7 @@ class RowDecoder:
         index = rows.to(self._device)
         for layer in self._layers:
             layer.keep(index)
+        self._plan.every = torch.arange(len(index), device=self._device)
         self._lengths = self._lengths[rows.cpu().numpy()]
 
     @property
