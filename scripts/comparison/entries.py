@@ -142,3 +142,11 @@ ENTRIES: dict[str, Entry] = {
     "torchrl ppo": torchrl(),
 }
 """What each is called."""
+
+PPO_VARIANTS = tuple(name for name in ENTRIES if name.split()[-1] == "ppo" or name.endswith("ppo by episode"))
+"""The native PPO, first, and that of each other library."""
+
+
+def seeds_of(name: str) -> range:
+    """The seeds of an entry in a whole table: PPO, whose variants differ little, has more."""
+    return range(8) if name in PPO_VARIANTS else range(5)
