@@ -18,9 +18,11 @@ from agents.compatibility import check_actions, check_parts, check_settings, che
 from agents.config import TrainConfig
 from agents.evaluation import Evaluation, evaluate
 from agents.metrics import rollout_metrics, update_metrics
+from agents.mismatch import check_mismatch
 from agents.policy import ValueHeadLM
 from agents.rollout import Rollout, collect
-from agents.sampling import Sampler, TransformersSampler
+from agents.sampling import Fingerprint, Sampler, TransformersSampler
+from agents.sampling.sync import WeightSync, check_synced
 from agents.schedule import lr_factor
 from agents.update import Step, minibatches, optimizer_steps, targets
 from agents.value_scale import update_value_scale
@@ -81,6 +83,7 @@ class Agent:
         self.prompts = PromptStream(len(self.task.prompts), seed=self.config.seed, group=algorithm.group_size)
         self._autocast = _autocast(self.task.device, self.config.bf16)
         self.optimizer = _optimizer(policy, self.config, with_critic=algorithm.critic is not None)
+        self._weights = WeightSync()
         self.memory: dict[str, float] = {}
         self.updates = 0
         self.collections = 0
@@ -128,18 +131,19 @@ class Agent:
         Args:
             prompts: One group of `group_size` episodes each; None: the next of the environment's prompts, as many as
                 make `batch_episodes` episodes.
+
+        Raises:
+            SamplerMismatch: If the sampler drew from other weights, or its law is further from the trainer's than
+                `mismatch_alarm`.
         """
         # The environment may have been wrapped, or told of a policy, since.
         check_actions(self.envs)
         check_task(self.algorithm, self.task)
-        group = self.algorithm.group_size
-        if prompts is None:
-            chosen = [self.task.prompts[index] for index in self.prompts.take(self.config.batch_episodes)[::group]]
-        else:
-            chosen = self.task.tokenize(prompts)
+        chosen = _chosen(self, prompts)
         seed = _seed(self.config.seed, self.collections, 0)
         self.collections += 1
-        return collect(
+        trained = self._weights.push(self.sampler, self.policy.lm, self.updates)
+        rollout = collect(
             self.policy,
             self.task,
             self.sampler,
@@ -149,12 +153,13 @@ class Agent:
             gamma=self.config.gamma,
             whiten_rewards=self.config.whiten_rewards,
             score_clip=self.config.score_clip,
-            group_size=group,
+            group_size=self.algorithm.group_size,
             with_values=self.algorithm.critic is not None,
             with_greedy=self.algorithm.greedy,
             charge_kl=self.algorithm.kl_loss is None,
             autocast=self._autocast,
         )
+        return _checked(rollout, trained, self.config.mismatch_alarm)
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learn from one rollout: epochs × minibatches optimizer steps.
@@ -197,6 +202,7 @@ class Agent:
         chosen = self.eval_prompts if prompts is None else self.task.tokenize(prompts)
         if not chosen:
             raise ValueError("prompts: expected some, because the agent has no eval_prompts, got none")
+        self._weights.push(self.sampler, self.policy.lm, self.updates)
         return evaluate(self.policy, self.envs, chosen, sampler=self.sampler, seed=seed, autocast=self._autocast)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
@@ -244,6 +250,21 @@ class Agent:
 def _seed(seed: int, count: int, purpose: int) -> int:
     """A seed for each update and purpose, so that a resumed run needs no random state."""
     return int(np.random.SeedSequence((seed, count, purpose)).generate_state(1)[0])
+
+
+def _chosen(agent: Agent, prompts: Sequence[Prompt] | None) -> Sequence[Sequence[int]]:
+    """These as token ids, or the environment's next, one a group."""
+    if prompts is not None:
+        return agent.task.tokenize(prompts)
+    indices = agent.prompts.take(agent.config.batch_episodes)[:: agent.algorithm.group_size]
+    return [agent.task.prompts[index] for index in indices]
+
+
+def _checked(rollout: Rollout, trained: Fingerprint, alarm: float | None) -> Rollout:
+    """The rollout, if it is of the weights that train and its log-probs are theirs."""
+    check_synced(trained, rollout.weights)
+    check_mismatch(rollout.old_logprobs, rollout.behavior_logprobs, rollout.mask, alarm)
+    return rollout
 
 
 def _evaluated(agent: Agent, best: Path | None) -> dict[str, float]:

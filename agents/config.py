@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 from agents.checks import at_least, number
+from agents.mismatch import CorrectionLevel
 
 LrSchedule = Literal["constant", "linear", "cosine"]
 
@@ -55,6 +56,14 @@ class TrainConfig:
     """Scores are clipped to ±this before they are learnt from, in reward units; None: they are not."""
     max_update_kl: float | None = None
     """An update stops before the step at which KL(π_old‖π) per token exceeds this; None: it never does."""
+    correction: CorrectionLevel = "token"
+    """Importance weights of the policy's loss where sampler and trainer differ (`agents.mismatch`)."""
+    correction_cap: float = 2.0
+    """Their largest."""
+    correction_drop: bool = False
+    """Whether what exceeds the cap weighs 0 instead of the cap."""
+    mismatch_alarm: float | None = 5e-3
+    """Nats per token of KL from the sampler to the trainer above which its samples are refused; None: none."""
     eval_every: int = 0
     """Updates between evaluations on the held-out prompts; 0: none."""
     bf16: bool | None = None
@@ -76,18 +85,19 @@ class TrainConfig:
             raise ValueError(f"minibatches: expected at most {limit}, got {self.minibatches}")
         for name in ("learning_rate", "entropy_coef", "adam_eps"):
             number(name, getattr(self, name))
-        for name in ("critic_learning_rate", "max_grad_norm", "score_clip", "max_update_kl"):
+        number("correction_cap", self.correction_cap, above=0.0)
+        for name in ("critic_learning_rate", "max_grad_norm", "score_clip", "max_update_kl", "mismatch_alarm"):
             if getattr(self, name) is not None:
                 number(name, getattr(self, name))
         number("gamma", self.gamma, high=1.0)
-        if not isinstance(self.whiten_rewards, bool):
-            raise ValueError(f"whiten_rewards: expected True or False, got {self.whiten_rewards!r}")
+        for name in ("whiten_rewards", "correction_drop"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.bf16 is not None and not isinstance(self.bf16, bool):
             raise ValueError(f"bf16: expected True, False or None, got {self.bf16!r}")
-        if self.lr_schedule not in get_args(LrSchedule):
-            raise ValueError(
-                f"lr_schedule: expected one of {', '.join(get_args(LrSchedule))}, got {self.lr_schedule!r}"
-            )
+        for name, kind in (("lr_schedule", LrSchedule), ("correction", CorrectionLevel)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
 
     @property
     def loop(self) -> TrainConfig:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from agents.diagnostics import explained_variance
 from agents.masked import masked_mean, masked_sum
+from agents.mismatch import mismatch
 from agents.rollout import Rollout
 from textenv.task import Task
 from textenv.types import FinishReason
@@ -24,14 +25,14 @@ def rollout_metrics(rollout: Rollout, returns: Tensor | None, task: Task) -> dic
         task: The environment's.
     """
     lengths, scores = rollout.response_lengths.float(), rollout.scores[rollout.scored]
-    drift = rollout.old_logprobs - rollout.behavior_logprobs
+    gap = mismatch(rollout.old_logprobs, rollout.behavior_logprobs, rollout.mask)
     metrics = {
         "reward/sequence": float(masked_sum(rollout.rewards, rollout.mask, dim=1).mean()),
         "entropy": float(masked_mean(rollout.entropy, rollout.mask)),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
-        "sampler/logprob_gap": float(masked_mean(drift.abs(), rollout.mask)),
     }
+    metrics |= {f"sampler/{name}": float(value) for name, value in gap._asdict().items()}
     if returns is not None:
         metrics["value/mean"] = float(masked_mean(rollout.values, rollout.mask))
         metrics["value/explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))

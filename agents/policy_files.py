@@ -19,7 +19,7 @@ from torch import Tensor
 
 from agents.critic import Critic, build_critic
 from agents.value_head import ValueHead
-from textenv.models import load_causal_lm, no_progress_bar, unwrap
+from textenv.models import align, load_causal_lm, no_progress_bar, unwrap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -118,7 +118,7 @@ def load_critic_files(folder: str | Path, device: torch.device | str, dtype: tor
     from transformers import AutoModel
 
     trunk = AutoModel.from_pretrained(Path(folder) / _TRUNK, local_files_only=True, use_safetensors=True, dtype=dtype)
-    return Critic(kind, head, trunk.to(device))
+    return Critic(kind, head, align(trunk.to(device)))
 
 
 def wrap_lora(lm: Any, source: str | Path, lora: Any) -> Any:

@@ -14,6 +14,7 @@ from agents.masked import whiten
 from agents.policy import Evaluation, ValueHeadLM
 from agents.returns import discounted_returns
 from agents.sampling.base import Sampler, Samples
+from agents.sampling.sync import Fingerprint
 from agents.value_head import ValueHead
 from agents.value_scale import first_value_scale
 from textenv import kl
@@ -67,6 +68,8 @@ class Rollout:
     """`[B]`: what the greedy response to the same prompt was paid, without its KL; None if it was not asked for."""
     task_rewards: Tensor | None = None
     """`[B, T]`: `rewards` before any KL: score and penalties; None: `rewards` hold no KL."""
+    weights: Fingerprint | None = None
+    """What the sampler says that it drew from; None: it says nothing."""
     memory: Mapping[str, float] = field(default_factory=dict)
     """What the estimator remembers of earlier updates; the agent fills it in."""
 
@@ -178,6 +181,7 @@ def collect(
         groups=torch.arange(len(prompts), device=task.device) // group_size,
         greedy=None if greedy is None else greedy.repeat_interleave(group_size),
         task_rewards=_without_kl(record, score_clip),
+        weights=samples.weights,
     )
 
 

@@ -16,6 +16,7 @@ from agents.config import TrainConfig
 from agents.diagnostics import approx_kl, ratio_stats, value_clip_fraction
 from agents.losses import aggregate, clipped_value
 from agents.masked import masked_sum, same_shape, whiten
+from agents.mismatch import correction_weights
 from agents.policy import Evaluation, ValueHeadLM
 from agents.rollout import Rollout
 
@@ -154,7 +155,9 @@ def optimizer_step(
 def microbatch_loss(
     policy: ValueHeadLM, rollout: Rollout, target: Targets, step: Step, *, tokens: int, count: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = agg(L_policy + β·L_KL − entropy_coef·H) + coef·mean(L_V), each divided by counts of the whole minibatch.
+    """L = agg(w·(L_policy + β·L_KL) − entropy_coef·H) + coef·mean(L_V), each divided by counts of the whole minibatch.
+
+    w are the weights of `agents.mismatch.correction_weights`.
 
     Args:
         policy: Evaluated at its present weights.
@@ -178,7 +181,15 @@ def microbatch_loss(
         with_values=critic is not None,
         trunk_value_coef=0.0 if critic is None or step.critic_only else critic.trunk_coef,
     )
-    policy_loss = algorithm.objective(now.logprobs, rollout, target.advantages)
+    weights = correction_weights(
+        rollout.old_logprobs,
+        rollout.behavior_logprobs,
+        mask,
+        level=config.correction,
+        cap=config.correction_cap,
+        drop=config.correction_drop,
+    )
+    policy_loss = weights * algorithm.objective(now.logprobs, rollout, target.advantages)
     sums = {"loss/policy": masked_sum(policy_loss.detach(), mask)}
     losses = []
     if critic is not None:
@@ -188,7 +199,7 @@ def microbatch_loss(
     if not step.critic_only:
         total = policy_loss - config.entropy_coef * now.entropy
         if algorithm.kl_loss is not None and step.kl_coef != 0:
-            divergence = algorithm.kl_loss(now.logprobs, rollout)
+            divergence = weights * algorithm.kl_loss(now.logprobs, rollout)
             sums["loss/kl"] = masked_sum(divergence.detach(), mask)
             total = total + step.kl_coef * divergence
         losses.append(algorithm.aggregation(total, mask, count))

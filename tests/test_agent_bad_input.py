@@ -38,9 +38,10 @@ NUMBERS = [
     "entropy_coef",
     "score_clip",
     "max_update_kl",
+    "mismatch_alarm",
 ]
 FRACTIONS = ["gamma", "gae_lambda", "value_stats_decay"]
-FLAGS = ["whiten_advantages", "whiten_rewards"]
+FLAGS = ["whiten_advantages", "whiten_rewards", "correction_drop"]
 
 CONFIG: list[tuple[str, Any, str]] = [
     *((name, value, f"an integer >= {low}") for name, low in INTEGERS.items() for value in (low - 1, 1.5, True, "3")),
@@ -48,6 +49,8 @@ CONFIG: list[tuple[str, Any, str]] = [
     *((n, v, "a finite number >= 0 and <= 1.0") for n in FRACTIONS for v in (-0.1, 1.1, float("nan"), None)),
     *((name, value, "True or False") for name in FLAGS for value in (1, None, "yes")),
     *(("dual_clip", value, "a number > 1") for value in (1.0, 0.5, -2, "2", float("nan"))),
+    *(("correction_cap", value, "a number > 0") for value in (0.0, -2, "2", None, float("inf"))),
+    ("correction", "tokens", "one of token, sequence, none"),
     ("bf16", 1, "True, False or None"),
     ("lr_schedule", "exponential", "one of constant, linear, cosine"),
     ("minibatches", 65, "at most batch_episodes=64"),

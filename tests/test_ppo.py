@@ -113,7 +113,21 @@ LOSSES: dict[str, dict[str, Any]] = {
     "narrow value clip": {"value_clip_eps": 0.01},
     "no whitening": {"whiten_advantages": False, "gamma": 0.9, "gae_lambda": 0.8},
     "whitened rewards": {"whiten_rewards": True},
+    "uncorrected": {"correction": "none"},
+    "corrected and dropped": {"correction_drop": True, "correction_cap": 1.5},
+    "corrected by sequence": {"correction": "sequence", "correction_cap": 3.0},
+    "sequences dropped": {"correction": "sequence", "correction_cap": 3.0, "correction_drop": True},
 }
+
+
+def correction(old: list[float], behavior: list[float], config: PPOConfig) -> list[float]:
+    """The weights of one response's tokens."""
+    gaps = [a - b for a, b in zip(old, behavior, strict=True)]
+    if config.correction == "sequence":
+        gaps = [math.fsum(gaps)] * len(gaps)
+    ratios = [1.0 if config.correction == "none" else math.exp(gap) for gap in gaps]
+    cut = 0.0 if config.correction_drop else config.correction_cap
+    return [ratio if ratio <= config.correction_cap else cut for ratio in ratios]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -146,12 +160,17 @@ def test_update_metrics_equal_plain_loops(name: str) -> None:
     new, old = flat(logprobs), flat(ragged(rollout.old_logprobs, rollout))
     expect: dict[str, list[float]] = {"loss/policy": [], "loss/value": [], "kl/update": [], "ratio/mean": []}
     expect |= {"clip/policy": [], "clip/value": []}
+    behavior = ragged(rollout.behavior_logprobs, rollout)
+    weights = flat(
+        [correction(*pair, config) for pair in zip(ragged(rollout.old_logprobs, rollout), behavior, strict=True)]
+    )
+    assert config.correction == "none" or len({round(weight, 3) for weight in weights}) > 2
     eps, high, value_eps = config.clip_eps, config.clip_eps_high or config.clip_eps, config.value_clip_eps
-    for lp, olp, adv, v, ov, ret in zip(
-        new, old, flat(advantages), flat(values), flat(old_values), returns, strict=True
+    for lp, olp, adv, v, ov, ret, weight in zip(
+        new, old, flat(advantages), flat(values), flat(old_values), returns, weights, strict=True
     ):
         ratio = math.exp(lp - olp)
-        expect["loss/policy"].append(oracles.clipped_surrogate(lp, olp, adv, eps, high, config.dual_clip))
+        expect["loss/policy"].append(weight * oracles.clipped_surrogate(lp, olp, adv, eps, high, config.dual_clip))
         u, ou, target = ((x - mean) / std for x in (v, ov, ret))
         expect["loss/value"].append(oracles.clipped_value(u, ou, target, value_eps))
         expect["kl/update"].append(ratio - 1 - (lp - olp))

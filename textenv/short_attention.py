@@ -28,6 +28,7 @@ def is_short(query: Tensor, packing: Any) -> bool:
     return (
         query.requires_grad
         and query.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
         and query.dtype in (torch.float32, torch.float64)
         and packing.width <= _WIDTH
     )

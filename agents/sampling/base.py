@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import Tensor
+
+from agents.sampling.sync import Fingerprint
 from textenv.types import FinishReason
 
 
@@ -19,6 +22,8 @@ class Samples:
     """log π of each of them at the sampling temperature, softmax in float32."""
     finish_reasons: list[FinishReason]
     """STOP or LENGTH; a stop token as the last one allowed is STOP."""
+    weights: Fingerprint | None = None
+    """What drew them; None where nothing was ever pushed."""
 
     def __post_init__(self) -> None:
         """Check that the three agree.
@@ -56,6 +61,22 @@ class Sampler(Protocol):
             seed: The same seed gives the same samples; no global random state is read or moved.
             greedy: Take the most likely token at each place instead; the log-probs told are still those of the law.
         """
+        ...
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Sample from these weights from now on, and tell of them in `Samples.weights`.
+
+        Args:
+            weights: Of the language model alone, under the names of its checkpoint (`agents.sampling.named_weights`).
+            version: Their label.
+
+        Raises:
+            ValueError: If names are missing or unknown; what was sampled from before still is.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back memory and processes; nothing is sampled any more."""
         ...
 
 

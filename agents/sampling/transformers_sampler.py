@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from agents.policy import ValueHeadLM
 from agents.sampling.base import Samples, check_request
 from agents.sampling.draw import draw
 from agents.sampling.fixed import fixed_decode
+from agents.sampling.sync import fingerprint, named_weights
 from textenv.decoders import row_decoder
 from textenv.models import backbone, context_length, logit_width, output_head, unwrap
 from textenv.recompute import Decoder, RecomputeDecoder
@@ -45,6 +46,7 @@ class TransformersSampler:
         self._cuda_graph = cuda_graph
         self._model = policy.lm if isinstance(policy, ValueHeadLM) else policy
         self._max_batch = max_batch
+        self._version: int | None = None
 
     def sample(
         self,
@@ -77,7 +79,15 @@ class TransformersSampler:
             for first in range(0, len(prompts), size)
         ]
         rows = [row for part in parts for row in part]
-        return Samples([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows])
+        weights = None if self._version is None else fingerprint(named_weights(self._model), self._version)
+        return Samples([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], weights)
+
+    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Only the version is news: the model is live. If it is not the one that trains, its checksums will tell."""
+        self._version = version
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     @torch.inference_mode()
     def _decode(

@@ -1,0 +1,142 @@
+"""Proof that what samples is what trains: names, versions and checksums of weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agents.mismatch import SamplerMismatch
+from textenv.models import unwrap
+
+_ROW, _SLAB = 2**12, 2**20
+_MODULUS = 2**64
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Which weights: equal ones have equal checksums, and others do not (but once in 2⁶⁴)."""
+
+    version: int
+    """The label they were pushed under."""
+    checksums: Mapping[str, int]
+    """`checksum` of each tensor, under its name in the model's own checkpoint."""
+
+
+class WeightSync:
+    """Keeps a sampler at the weights that train."""
+
+    def __init__(self) -> None:
+        """Nothing was pushed yet."""
+        self._pushed: Fingerprint | None = None
+
+    def push(self, sampler: Any, model: Any, version: int) -> Fingerprint:
+        """Give a sampler the model's present weights, unless it has them.
+
+        Returns:
+            Which these are, to be compared with what the samples say (`check_synced`).
+        """
+        weights = fingerprint(named_weights(model), version)
+        if weights != self._pushed:
+            sampler.push(named_weights(model), version)
+            self._pushed = weights
+        return weights
+
+
+def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """A language model's weights under the names of its checkpoint, adapters merged into them; tied ones once.
+
+    Args:
+        model: A Hugging Face causal LM, or a PEFT model around one: its own weights stay apart, what comes is a copy.
+    """
+    base = unwrap(model)
+    adapted = {name: module for name, module in base.named_modules() if _is_adapted(module)}
+    for name, module in adapted.items():
+        yield from _merged(name, module)
+    seen: set[Tensor] = set()
+    for name, parameter in base.named_parameters():
+        inside = any(name.startswith(f"{place}.") for place in adapted)
+        if not inside and parameter not in seen:
+            seen.add(parameter)
+            yield name, parameter.detach()
+
+
+def fingerprint(weights: Iterable[tuple[str, Tensor]], version: int) -> Fingerprint:
+    """Of named weights, under a version."""
+    return Fingerprint(version, {name: checksum(tensor) for name, tensor in weights})
+
+
+@torch.no_grad()
+def checksum(tensor: Tensor) -> int:
+    """A number below 2⁶⁴ of a tensor's bits and their order; of another dtype or shape it may be another.
+
+    Σ_i w_i·b_i modulo 2⁶⁴ over the elements' bits b with fixed odd w: computed where the tensor is, one number read.
+
+    >>> first, second = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
+    >>> checksum(first) == checksum(first.clone()), checksum(first) == checksum(second)
+    (True, False)
+    """
+    bits = tensor.detach().contiguous().flatten()
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = bits.view(kinds[bits.element_size()])
+    inner, outer = _multipliers(tensor.device)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for number, slab in enumerate(bits.split(_SLAB)):
+        rows = torch.nn.functional.pad(slab.to(torch.int64), (0, -len(slab) % _ROW)).view(-1, _ROW)
+        sums = (rows * inner).sum(1)
+        total = total * 0x5DEECE66D + (sums * outer[: len(sums)]).sum() + number + len(slab)
+    return int(total) % _MODULUS
+
+
+def check_synced(ours: Fingerprint, theirs: Fingerprint | None) -> None:
+    """Refuse samples of weights that are not those that train.
+
+    Args:
+        ours: The trainer's.
+        theirs: What the sampler says that it sampled from; None: it says nothing, which is let pass.
+
+    Raises:
+        SamplerMismatch: Naming the version or the tensors that differ.
+    """
+    if theirs is None:
+        return
+    names = [name for name in {**ours.checksums, **theirs.checksums} if not _same(name, ours, theirs)]
+    if not names and ours.version == theirs.version:
+        return
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    what = f"{', '.join(names[:3])}{more} differ" if names else "the versions differ"
+    raise SamplerMismatch(
+        f"the sampler drew from weights of version {theirs.version}, the trainer has {ours.version}: {what}. "
+        "A push was skipped, or sent something else. Nothing was learnt from these samples."
+    )
+
+
+def _same(name: str, ours: Fingerprint, theirs: Fingerprint) -> bool:
+    return ours.checksums.get(name) == theirs.checksums.get(name)
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return hasattr(module, "base_layer") and hasattr(module, "merge")
+
+
+def _merged(name: str, module: Any) -> Iterator[tuple[str, Tensor]]:
+    """The weights of one adapted layer as merged: in a copy, because unmerging would round the layer's own."""
+    if not module.merged and not module.disable_adapters:
+        module = copy.deepcopy(module)
+        module.merge()
+    for own, parameter in module.get_base_layer().named_parameters():
+        yield f"{name}.{own}", parameter.detach()
+
+
+@cache
+def _multipliers(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Odd numbers of all sizes, the same everywhere."""
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randint(-(2**63), 2**63 - 1, (_ROW + _SLAB // _ROW,), dtype=torch.int64, generator=generator) | 1
+    inner, outer = both.to(device).split([_ROW, _SLAB // _ROW])
+    return inner, outer
