@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from agents.kl import k1, k3
+from agents.kl import k1
 from agents.losses import importance_ratios
 from agents.masked import masked_mean, masked_sum
 
@@ -110,7 +110,7 @@ def mismatch(old_logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor) -> M
     return Mismatch(
         logprob_gap=masked_mean(gap.abs(), mask),
         prob_gap=masked_mean((old_logprobs.exp() - behavior_logprobs.exp()).abs(), mask),
-        kl=masked_mean(k3(behavior_logprobs, old_logprobs, mask=mask), mask),
+        kl=masked_mean(ratios - 1 - ratios.log(), mask),
         effective_frac=masked_mean(ratios, mask) ** 2 / masked_mean(ratios**2, mask),
         worst_sequence=masked_sum(gap, mask, dim=1).abs().max(),
     )

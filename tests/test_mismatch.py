@@ -1,0 +1,103 @@
+"""Importance weights between sampler and trainer, by enumeration: what they make exact, and what they only mend."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from agents.mismatch import CorrectionLevel, correction_weights, mismatch
+from tests.test_exact_gradient import EXACT, World, relative_error
+
+CAP = 50.0  # above every ratio here: `gradient` asserts it
+
+
+def noisy(size: float) -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return lambda logits: logits + size * torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
+
+
+def rounded(logits: Tensor) -> Tensor:
+    """Log-probs as a sampler in bfloat16 has them."""
+    return logits.bfloat16().log_softmax(-1).double()
+
+
+GAPS = {"0.01": noisy(0.01), "0.1": noisy(0.1), "0.3": noisy(0.3), "bfloat16": rounded}
+
+
+@pytest.fixture(params=range(3))
+def world(request: pytest.FixtureRequest) -> World:
+    return World.seeded(request.param)
+
+
+def sampler(world: World, gap: str) -> World:
+    """The same text MDP under the law that samples."""
+    return World(GAPS[gap](world.logits.detach()), world.ref_logits, world.scores)
+
+
+def gradient(world: World, behavior: World, level: CorrectionLevel, cap: float = CAP, drop: bool = False) -> Tensor:
+    """What the chain finds where responses come from `behavior`, and the rewards are the trainer's."""
+    old, told = world.selected(world.logits).detach(), behavior.selected(behavior.logits)
+    weights = correction_weights(old, told, world.mask, level=level, cap=cap, drop=drop)
+    assert cap != CAP or float(weights.max()) < CAP
+    values = torch.zeros_like(old)
+    return world.policy_gradient(world.rewards(world.k1()), values, weights=behavior.probabilities * weights)
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_sequence_weights_below_the_cap_give_the_exact_gradient(world: World, gap: str) -> None:
+    behavior = sampler(world, gap)
+    assert relative_error(gradient(world, behavior, "sequence"), world.true_gradient()) < EXACT
+    assert relative_error(gradient(world, behavior, "none"), world.true_gradient()) > 1e-4  # there is something to mend
+
+
+@pytest.mark.parametrize("gap", GAPS)
+def test_token_weights_are_nearer_than_none(world: World, gap: str) -> None:
+    behavior, truth = sampler(world, gap), world.true_gradient()
+    token, none = (relative_error(gradient(world, behavior, level), truth) for level in ("token", "none"))
+    assert token < none
+
+
+def test_a_cap_is_a_bias_and_dropping_a_larger_one(world: World) -> None:
+    behavior, truth = sampler(world, "0.3"), world.true_gradient()
+    cut, dropped = (relative_error(gradient(world, behavior, "sequence", 1.1, drop), truth) for drop in (False, True))
+    assert EXACT < cut < dropped
+
+
+def test_the_kl_is_that_of_the_enumeration(world: World) -> None:
+    """The mean of k3 over the sampler's law is KL(μ‖π) exactly."""
+    behavior = sampler(world, "0.3")
+    old, told = world.selected(world.logits).detach(), behavior.selected(behavior.logits)
+    law, other = behavior.logits.log_softmax(-1), world.logits.detach().log_softmax(-1)
+    divergence = (law.exp() * (law - other)).sum(-1)
+    visits = torch.where(world.mask, behavior.probabilities, 0.0)
+    # Tokens come as often as they are drawn: 10⁵ copies of the enumeration's rows, near enough.
+    copies = (behavior.probabilities[:, 0] * 100_000).round().long()
+    found = mismatch(*(x.repeat_interleave(copies, 0) for x in (old, told)), world.mask.repeat_interleave(copies, 0))
+    exact = (visits * divergence[world.states]).sum() / visits.sum()
+    assert float(found.kl) == pytest.approx(float(exact), rel=1e-2)
+    assert 0.5 < float(found.effective_frac) < 1 and float(found.worst_sequence) > float(found.logprob_gap) > 0
+
+
+def test_whatever_stands_outside_of_the_mask_changes_nothing() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    old = torch.tensor([[-1.0, -2.0, math.nan], [-0.5, math.inf, math.nan]])
+    behavior = torch.tensor([[-1.1, -1.5, math.nan], [-0.7, 3.0, -math.inf]])
+    clean = [torch.where(mask, x, torch.zeros_like(x)) for x in (old, behavior)]
+    for level in ("token", "sequence", "none"):
+        found = correction_weights(old, behavior, mask, level=level)
+        assert torch.equal(found, correction_weights(*clean, mask, level=level)) and found.isfinite().all()
+    assert mismatch(old, behavior, mask) == mismatch(*clean, mask)
+    empty = mismatch(old, behavior, torch.zeros_like(mask))
+    assert [float(number) for number in empty] == [0, 0, 0, 1, 0]
+
+
+def test_a_hopeless_gap_stays_finite() -> None:
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    old, behavior = torch.tensor([[-0.1, -500.0]]), torch.tensor([[-500.0, -0.1]])
+    assert correction_weights(old, behavior, mask).tolist() == [[2.0, pytest.approx(math.exp(-20))]]
+    assert correction_weights(old, behavior, mask, drop=True)[0, 0] == 0
+    assert all(number.isfinite() for number in mismatch(old, behavior, mask))
