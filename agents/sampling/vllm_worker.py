@@ -1,0 +1,59 @@
+"""What runs inside a vLLM engine: taking weights in, and saying which arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from agents.sampling.sync import checksum
+
+
+class WeightReceiver:
+    """Methods that vLLM adds to its worker (`worker_extension_cls`) and that `collective_rpc` calls."""
+
+    model_runner: Any
+
+    def receive_weights(self, weights: Iterable[tuple[str, Tensor]] | None = None, path: str = "") -> dict[str, str]:
+        """Load weights, and tell what was loaded.
+
+        Args:
+            weights: By the names of the checkpoint, where the engine is in this process.
+            path: A safetensors file of them, where it is in another.
+
+        Returns:
+            `agents.sampling.sync.checksum` of each tensor as it went in, as decimals.
+        """
+        arrived: dict[str, str] = {}
+
+        def passing() -> Iterator[tuple[str, Tensor]]:
+            for name, tensor in _read(path) if weights is None else weights:
+                arrived[name] = str(checksum(tensor))
+                yield name, tensor
+
+        self.reload_weights(weights_iterator=passing())  # type: ignore[attr-defined]
+        _repack_heads(self.model_runner.get_model())
+        return arrived
+
+
+def _read(path: str) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - no mapping, it only has this method
+            yield name, file.get_tensor(name)
+
+
+def _repack_heads(model: torch.nn.Module) -> None:
+    """On a CPU a tied head multiplies by a packed copy of its weight, which a reload leaves as it was."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if hasattr(module, "cpu_linear") and weight is not None and weight.numel():
+            dispatch_cpu_unquantized_gemm(module, remove_weight=False)
