@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from agents.policy import ValueHeadLM
 from agents.sampling.engine import Drawn, EngineSampler, Request
+from agents.sampling.random_states import kept_random_states
 from textenv.models import context_length, unwrap
 
 TESTED = "0.32"
@@ -86,7 +85,7 @@ class VLLMEngine:
             config: Its settings.
         """
         self.config = config
-        with _random_states(), _environment(config.multiprocess), tempfile.TemporaryDirectory() as folder:
+        with kept_random_states(), _environment(config.multiprocess), tempfile.TemporaryDirectory() as folder:
             from vllm import LLM
 
             description = copy.deepcopy(unwrap(model).config)
@@ -97,7 +96,7 @@ class VLLMEngine:
     def load(self, weights: Mapping[str, Tensor], version: str) -> Mapping[str, int]:
         """See `Engine.load`."""
         self._wake()
-        with _random_states():
+        with kept_random_states():
             told = self._send(weights)
             self.reset()
             self.llm.update_weight_version(version)
@@ -113,7 +112,7 @@ class VLLMEngine:
         from vllm import SamplingParams
 
         self._wake()
-        with _random_states():
+        with kept_random_states():
             outputs = self.llm.generate(
                 [{"prompt_token_ids": request.prompt} for request in requests],
                 [SamplingParams(**sampling_params(request)) for request in requests],
@@ -230,21 +229,6 @@ def _cache_bytes(config: Any, tokens: int, rows: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     row = -(-tokens // 128) * 128
     return 2 * 4 * config.num_hidden_layers * heads * size * row * (rows + 1)
-
-
-@contextmanager
-def _random_states() -> Iterator[None]:
-    """Leave the global generators as they were: an engine reseeds them when it starts and draws from them."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        np.random.set_state(states[1])
-        random.setstate(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
 
 
 @contextmanager
