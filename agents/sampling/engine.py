@@ -108,7 +108,7 @@ class EngineSampler:
         """Draw one response per prompt; see `agents.sampling.base.Sampler.sample`.
 
         Raises:
-            ValueError: As `TransformersSampler.sample`: also if a response could not have its whole length.
+            ValueError: As `TransformersSampler.sample`, or for what the engine refuses.
             SamplerFailure: If the engine fails, is rebuilt and fails again.
         """
         width = logit_width(self._model)
@@ -118,7 +118,8 @@ class EngineSampler:
             Request(list(prompt), row_seed, max_new_tokens, stops, temperature, greedy)
             for prompt, row_seed in zip(prompts, row_seeds(seed, len(prompts)), strict=True)
         ]
-        return self._trying("draw", lambda engine: self._draw(engine, requests))
+        # A request that the engine refuses is no failure of the engine.
+        return self._trying("draw", lambda engine: self._draw(engine, requests), refusal=ValueError)
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Sample from these weights from now on; see `agents.sampling.base.Sampler.push`.
@@ -142,24 +143,24 @@ class EngineSampler:
         if engine is not None:
             engine.close()
 
-    def _trying(self, what: str, work: Callable[[Engine], Any]) -> Any:
+    def _trying(self, what: str, work: Callable[[Engine], Any], refusal: type[Exception] | tuple[()] = ()) -> Any:
         """Do it, and once more on a new engine if that failed."""
         try:
-            if self._engine is None:
-                self._engine = self._start()
-            return work(self._engine)
+            return work(self._engine or self._rebuild())
+        except refusal:
+            raise
         except Exception as error:
             first = error
         try:
-            self._rebuild()
-            return work(self._engine)  # type: ignore[arg-type]
+            return work(self._rebuild())
         except Exception as error:
             raise SamplerFailure(
                 f"the engine could not {what} ({_said(first)}), was started again and failed again ({_said(error)}); "
                 "nothing was learnt since the last update, and the last checkpoint is whole"
             ) from error
 
-    def _rebuild(self) -> None:
+    def _rebuild(self) -> Engine:
+        """Another engine, with the policy's weights."""
         engine, self._engine = self._engine, None
         if engine is not None:
             with suppress(Exception):  # it is broken already: what failed first is what will be told
@@ -167,6 +168,7 @@ class EngineSampler:
         self._engine = self._start()
         if self._loaded.version >= 0:
             self._load(self._engine, dict(named_weights(self._model)), self._loaded.version)
+        return self._engine
 
     def _load(self, engine: Engine, named: Mapping[str, Tensor], version: int) -> None:
         arrived = engine.load(named, str(version))

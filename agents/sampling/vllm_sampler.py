@@ -8,9 +8,12 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import queue
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,6 +52,8 @@ class VLLMConfig:
     multiprocess: bool = False
     """Whether the engine has a process of its own, which can die alone; the script then needs the usual
     `if __name__ == "__main__":`."""
+    timeout: float = 600.0
+    """Seconds after which a call of an engine in a process of its own has failed."""
     enforce_eager: bool = True
     """Whether nothing is compiled and no CUDA graph recorded: quick to start, slower on a GPU."""
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -86,8 +91,9 @@ class VLLMEngine:
         """
         self.config = config
         with kept_random_states(), _environment(config.multiprocess), tempfile.TemporaryDirectory() as folder:
-            from vllm import LLM
+            from vllm import LLM, envs
 
+            envs.disable_envs_cache()  # an earlier engine's settings
             description = copy.deepcopy(unwrap(model).config)
             description.architectures = [type(unwrap(model)).__name__]  # absent in a model made of a configuration
             description.save_pretrained(folder)
@@ -95,11 +101,8 @@ class VLLMEngine:
 
     def load(self, weights: Mapping[str, Tensor], version: str) -> Mapping[str, int]:
         """See `Engine.load`."""
-        self._wake()
         with kept_random_states():
-            told = self._send(weights)
-            self.reset()
-            self.llm.update_weight_version(version)
+            told = self._watched(lambda: self._load(weights, version))
         return {name: int(number) for rank in told for name, number in rank.items()}
 
     def reset(self) -> None:
@@ -109,17 +112,8 @@ class VLLMEngine:
 
     def draw(self, requests: Sequence[Request]) -> list[Drawn]:
         """See `Engine.draw`."""
-        from vllm import SamplingParams
-
-        self._wake()
         with kept_random_states():
-            outputs = self.llm.generate(
-                [{"prompt_token_ids": request.prompt} for request in requests],
-                [SamplingParams(**sampling_params(request)) for request in requests],
-                use_tqdm=False,
-            )
-        if self.config.sleep:
-            self.llm.sleep(level=1)
+            outputs = self._watched(lambda: self._generate(requests))
         return [_drawn(request, output) for request, output in zip(requests, outputs, strict=True)]
 
     def close(self) -> None:
@@ -127,6 +121,58 @@ class VLLMEngine:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
+
+    def _load(self, weights: Mapping[str, Tensor], version: str) -> list[dict[str, str]]:
+        self._wake()
+        told = self._send(weights)
+        self.reset()
+        self.llm.update_weight_version(version)
+        return told
+
+    def _generate(self, requests: Sequence[Request]) -> list[Any]:
+        from vllm import SamplingParams
+
+        self._wake()
+        outputs = self.llm.generate(
+            [{"prompt_token_ids": request.prompt} for request in requests],
+            [SamplingParams(**sampling_params(request)) for request in requests],
+            use_tqdm=False,
+        )
+        if self.config.sleep:
+            self.llm.sleep(level=1)
+        return outputs
+
+    def _watched(self, work: Callable[[], Any]) -> Any:
+        """Do it; but where the engine is a process, do not wait for one that has ended, nor for ever.
+
+        vLLM waits for the answer of an engine that was killed.
+        """
+        if not self.config.multiprocess:
+            return work()
+        answers: queue.Queue[tuple[bool, Any]] = queue.Queue()
+
+        def answer() -> None:
+            try:
+                answers.put((True, work()))
+            except Exception as error:
+                answers.put((False, error))
+
+        threading.Thread(target=answer, daemon=True).start()
+        limit = time.monotonic() + self.config.timeout
+        while True:
+            with suppress(queue.Empty):
+                well, found = answers.get(timeout=0.2)
+                if well:
+                    return found
+                raise found
+            if not all(process.is_alive() for process in self._processes):
+                raise ConnectionError("the engine's process has ended")
+            if time.monotonic() > limit:
+                raise TimeoutError(f"the engine has not answered for {self.config.timeout:g} s")
+
+    @property
+    def _processes(self) -> list[Any]:
+        return self.llm.llm_engine.engine_core.resources.engine_manager.processes
 
     def _send(self, weights: Mapping[str, Tensor]) -> list[dict[str, str]]:
         if not self.config.multiprocess:
@@ -236,7 +282,7 @@ def _environment(multiprocess: bool) -> Iterator[None]:
     """What vLLM reads when it starts, and the variables that it sets in this process taken back."""
     before = dict(os.environ)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocess))
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of all that was switched off on purpose
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         yield

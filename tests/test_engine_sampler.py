@@ -1,0 +1,176 @@
+"""An engine that fails: started again once, then a clear error, and nothing that is half right passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from agents.sampling import TransformersSampler, fingerprint, named_weights
+from agents.sampling.engine import Drawn, EngineSampler, Request, SamplerFailure
+from agents.sampling.sync import checksum
+from tests.agent_fixtures import make_agent, small_config
+from tests.conftest import make_llama
+
+Spoil = Callable[[list[Drawn]], list[Drawn]]
+
+
+class FakeEngine:
+    """Draws with a copy of the model, row by row, as often as it is well."""
+
+    made: list[FakeEngine]
+
+    def __init__(self, fails: Sequence[str] = (), spoil: Spoil = list) -> None:
+        self.model, self.version = make_llama(), "none"
+        self.fails, self.spoil, self.closed = list(fails), spoil, False
+
+    def maybe(self, work: str) -> None:
+        if work in self.fails:
+            self.fails.remove(work)
+            raise ConnectionError(f"{work} broke")
+
+    def load(self, weights: Mapping[str, torch.Tensor], version: str) -> Mapping[str, int]:
+        self.maybe("load")
+        for name, tensor in weights.items():
+            self.model.get_parameter(name).data.copy_(tensor)
+        self.version = version
+        return {name: checksum(tensor) for name, tensor in weights.items()}
+
+    def draw(self, requests: Sequence[Request]) -> list[Drawn]:
+        self.maybe("draw")
+        drawn = []
+        for one in requests:
+            options = {"max_new_tokens": one.max_new_tokens, "stop_token_ids": one.stop_token_ids}
+            found = TransformersSampler(self.model).sample(
+                [one.prompt], **options, temperature=one.temperature, seed=one.seed, greedy=one.greedy
+            )
+            drawn.append(Drawn(found.responses[0], found.logprobs[0], self.version))
+        return self.spoil(drawn)
+
+    def close(self) -> None:
+        self.maybe("close")
+        self.closed = True
+
+
+def sampler_of(model: Any, *plans: dict[str, Any]) -> tuple[EngineSampler, list[FakeEngine]]:
+    """A sampler whose first engines are as planned, and what engines were started."""
+    made: list[FakeEngine] = []
+
+    def start() -> FakeEngine:
+        made.append(FakeEngine(**(plans[len(made)] if len(made) < len(plans) else {})))
+        return made[-1]
+
+    return EngineSampler(model, start), made
+
+
+ASKED: dict[str, Any] = {"max_new_tokens": 6, "stop_token_ids": [1, 20], "temperature": 0.7, "seed": 3}
+PROMPTS = [[5, 6], [7], [5, 6]]
+
+
+def test_an_engine_that_dies_is_started_again_with_the_weights() -> None:
+    model = make_llama()
+    well, _ = sampler_of(model)
+    expected = well.sample(PROMPTS, **ASKED)
+    sampler, made = sampler_of(model, {"fails": ["draw", "close"]})
+    assert sampler.sample(PROMPTS, **ASKED) == expected
+    assert len(made) == 2 and expected.weights == fingerprint(named_weights(model), 0)
+    sampler.push(named_weights(model), 4)
+    samples = sampler.sample(PROMPTS, **ASKED)
+    assert len(made) == 2 and samples.responses == expected.responses
+    assert samples.weights is not None and samples.weights.version == 4
+
+
+def test_an_engine_that_takes_no_weights_is_started_again() -> None:
+    model = make_llama()
+    sampler, made = sampler_of(model, {"fails": ["load"]})
+    assert len(made) == 2 and made[0].closed
+    assert sampler.sample(PROMPTS, **ASKED).weights == fingerprint(named_weights(model), 0)
+
+
+def test_one_that_dies_twice_ends_it_and_the_next_call_may_try_again() -> None:
+    broken = {"fails": ["draw"]}
+    sampler, made = sampler_of(make_llama(), broken, broken)
+    with pytest.raises(SamplerFailure, match=r"could not draw \(ConnectionError: draw broke\), was started again"):
+        sampler.sample(PROMPTS, **ASKED)
+    assert len(made) == 2
+    sampler.sample(PROMPTS, **ASKED)
+
+
+def shorter(drawn: list[Drawn]) -> list[Drawn]:
+    return [replace(drawn[0], tokens=drawn[0].tokens[:1], logprobs=drawn[0].logprobs[:1]), *drawn[1:]]
+
+
+SPOILS: dict[str, tuple[Spoil, str]] = {
+    "one response less": (lambda drawn: drawn[1:], "expected 3 responses, got 2"),
+    "fewer tokens": (shorter, "expected 6 tokens or a stop token, each with its log-prob, got 1 tokens"),
+    "no tokens": (lambda d: [replace(d[0], tokens=[], logprobs=[]), *d[1:]], "got 0 tokens"),
+    "no log-probs": (lambda d: [replace(d[0], logprobs=d[0].logprobs[1:]), *d[1:]], "5 log-probs"),
+    "NaN": (lambda d: [replace(d[0], logprobs=[float("nan")] * 6), *d[1:]], "expected finite log-probs"),
+    "goes on after a stop": (lambda d: [replace(d[0], tokens=[1, 9, 9, 9, 9, 9]), *d[1:]], "first stop token"),
+    "two versions": (lambda d: [replace(d[0], version="7"), *d[1:]], "one version of the weights, got 0, 7"),
+    "an old cache": (lambda d: [replace(one, cached_tokens=1) for one in d], "1 tokens of prompt 0 came from a prefix"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILS)
+def test_what_is_half_right_does_not_pass(name: str) -> None:
+    spoil, message = SPOILS[name]
+    sampler, made = sampler_of(make_llama(), {"spoil": spoil}, {"spoil": spoil})
+    with pytest.raises(SamplerFailure, match=message):
+        sampler.sample(PROMPTS, **{**ASKED, "stop_token_ids": [1], "seed": 8})
+    assert len(made) == 2
+    sampler.sample(PROMPTS, **ASKED)
+
+
+def test_prompts_of_one_batch_may_share_a_cache_and_later_batches_may_use_it() -> None:
+    def cached(counts: list[int]) -> Spoil:
+        return lambda drawn: [replace(one, cached_tokens=n) for one, n in zip(drawn, counts, strict=True)]
+
+    sampler, made = sampler_of(make_llama(), {"spoil": cached([0, 0, 2])})
+    sampler.sample(PROMPTS, **ASKED)
+    made[0].spoil = cached([2, 1, 2])
+    sampler.sample(PROMPTS, **ASKED)
+    assert len(made) == 1
+    sampler.push(named_weights(make_llama()), 1)
+    made[0].spoil = cached([2, 0, 2])
+    sampler.sample(PROMPTS, **ASKED)
+    assert len(made) == 2  # it found what it cannot have computed
+
+
+def test_a_run_goes_on_when_an_engine_dies_within_a_rollout() -> None:
+    whole, broken = (make_agent(small_config(), temperature=0.7) for _ in range(2))
+    whole.sampler, _ = sampler_of(whole.policy)
+    whole.learn(3)
+    broken.sampler, made = sampler_of(broken.policy)
+    broken.learn(1)
+    made[0].fails = ["draw"]
+    broken.learn(2)
+    assert len(made) == 2
+    for (name, tensor), (_, other) in zip(named_weights(whole.policy), named_weights(broken.policy), strict=True):
+        assert torch.equal(tensor, other), name
+
+
+def test_a_failure_leaves_agent_and_checkpoint_as_they_were(tmp_path: Any) -> None:
+    agent = make_agent(small_config(), temperature=0.7)
+    agent.sampler, made = sampler_of(agent.policy, {}, {"fails": ["draw"]})
+    agent.learn(1)
+    agent.save(tmp_path / "run")
+    before = fingerprint(named_weights(agent.policy), 0)
+    made[0].fails = ["draw"]
+    with pytest.raises(SamplerFailure, match="the last checkpoint is whole"):
+        agent.learn(1)
+    assert fingerprint(named_weights(agent.policy), 0) == before and agent.updates == 1
+    resumed = type(agent).load(tmp_path / "run", agent.envs)
+    assert fingerprint(named_weights(resumed.policy), 0) == before
+
+
+def test_nothing_is_drawn_of_a_closed_engine_but_by_a_new_one() -> None:
+    sampler, made = sampler_of(make_llama())
+    expected = sampler.sample(PROMPTS, **ASKED)
+    sampler.close()
+    sampler.close()
+    assert made[0].closed
+    assert sampler.sample(PROMPTS, **ASKED) == expected and len(made) == 2

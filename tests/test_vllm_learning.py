@@ -1,0 +1,137 @@
+"""Learning from real vLLM, and what happens if the engine is not what the trainer thinks (`make test-vllm`)."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from agents import PPO, PPOConfig
+from agents.critic import build_critic
+from agents.mismatch import SamplerMismatch
+from agents.policy import ValueHeadLM
+from agents.sampling import fingerprint, named_weights
+from tests.agent_fixtures import even_share, make_env
+from tests.test_sampler_contract import EOS, llama, vllm_sampler
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # of vLLM, at its import and when an engine starts
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: `make test-vllm` runs this"),
+]
+# Longer than two blocks of the prefix cache, so that a stale one shows.
+PROMPTS = [[5 + i] * 150 + [20 + i] * 150 for i in range(4)]
+
+
+def model() -> Any:
+    torch.manual_seed(0)
+    lm = llama()
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.mul_(1.7)
+    return lm
+
+
+def agent_of(sampler: Callable[[Any], Any], rate: float = 1e-6, **changes: Any) -> PPO:
+    lm = model()
+    env = make_env(model(), even_share, prompts=PROMPTS, stop_token_ids=[EOS], max_new_tokens=8, temperature=0.7)
+    settings = {"batch_episodes": 8, "minibatches": 2, "epochs": 2, "learning_rate": rate, "seed": 3, **changes}
+    policy = ValueHeadLM(lm, build_critic(lm, "shared"))
+    return PPO(policy, env, PPOConfig(**settings), sampler(policy))
+
+
+@pytest.fixture
+def agent() -> Iterator[PPO]:
+    found = agent_of(vllm_sampler)
+    yield found
+    found.sampler.close()
+
+
+def test_it_learns_with_next_to_no_gap(agent: PPO) -> None:
+    rows = agent.learn(3)
+    assert max(row["sampler/kl"] for row in rows) < 1e-9 and max(row["sampler/logprob_gap"] for row in rows) < 1e-4
+    rollout = agent.collect()
+    assert rollout.weights == fingerprint(named_weights(agent.policy.lm), 3)
+
+
+def skip_the_push(sampler: Any) -> None:
+    sampler.push = lambda weights, version: None
+
+
+def push_a_wrong_layer(sampler: Any) -> None:
+    send = sampler._engine._send
+
+    def swapped(weights: Any) -> Any:
+        name = "model.layers.{}.mlp.up_proj.weight"
+        return send({**weights, name.format(1): weights[name.format(0)]})
+
+    sampler._engine._send = swapped
+
+
+@pytest.mark.parametrize(
+    ("breakage", "message"),
+    [
+        (skip_the_push, "weights of version 0, the trainer has 1: .* differ"),
+        (push_a_wrong_layer, r"model\.layers\.1\.mlp\.up_proj\.weight differ"),
+    ],
+)
+def test_a_broken_push_is_caught_within_an_iteration(agent: PPO, breakage: Any, message: str) -> None:
+    agent.learn(1)
+    breakage(agent.sampler)
+    before = fingerprint(named_weights(agent.policy.lm), 0)
+    with pytest.raises(SamplerMismatch, match=message):
+        agent.learn(1)
+    assert fingerprint(named_weights(agent.policy.lm), 0) == before
+
+
+@pytest.mark.parametrize("broken", ["reset", "load"])
+def test_a_cache_that_is_not_reset_is_caught_and_the_engine_started_again(agent: PPO, broken: str) -> None:
+    agent.learn(1)
+    engine: Any = agent.sampler._engine
+    told = agent.sampler._loaded.checksums
+    setattr(engine, broken, lambda *ignored: told)
+    assert agent.learn(1)[0]["sampler/logprob_gap"] < 1e-4
+    assert agent.sampler._engine is not engine
+
+
+def test_log_probs_of_another_law_are_caught_at_once() -> None:
+    agent = agent_of(lambda policy: vllm_sampler(policy, more={"logprobs_mode": "raw_logprobs"}))
+    before = fingerprint(named_weights(agent.policy.lm), 0)
+    with pytest.raises(SamplerMismatch, match=r"nats per token \(KL\) from the trainer's"):
+        agent.learn(1)
+    assert fingerprint(named_weights(agent.policy.lm), 0) == before
+    agent.sampler.close()
+
+
+def test_bfloat16_is_corrected_and_no_alarm() -> None:
+    agent = agent_of(lambda policy: vllm_sampler(policy, dtype="bfloat16"))
+    rows = agent.learn(2)
+    assert all(1e-7 < row["sampler/kl"] < 5e-3 for row in rows)
+    assert all(row["sampler/effective_frac"] > 0.99 for row in rows)
+    agent.sampler.close()
+
+
+def test_an_engine_process_that_is_killed_is_started_again() -> None:
+    agent = agent_of(lambda policy: vllm_sampler(policy, multiprocess=True), rate=1e-4)
+    twin = agent_of(vllm_sampler, rate=1e-4)
+    agent.learn(1)
+    engine: Any = agent.sampler._engine
+    (process,) = engine._processes
+    generate = engine.llm.generate
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        os.kill(process.pid, signal.SIGKILL)
+        return generate(*args, **kwargs)
+
+    engine.llm.generate = killed
+    agent.learn(1)
+    assert agent.sampler._engine is not engine
+    twin.learn(2)
+    for (name, tensor), (_, other) in zip(named_weights(agent.policy), named_weights(twin.policy), strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-4, atol=1e-6, msg=name)
+    agent.sampler.close()
+    twin.sampler.close()
