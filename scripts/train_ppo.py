@@ -15,6 +15,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from agents.policy_files import saved_critic_kind
 from agents.report import print_comparison, write_report
 from agents.tracking import MetricsFile, Progress, TensorBoard, Trackers, read_metrics
 from scripts.options import EnvFlags, device_of, heldout_prompts, make_env, run
+from scripts.samplers import SamplerName, VLLMFlags, longest, make_sampler
 
 Name = Literal[
     "ppo",
@@ -74,6 +76,9 @@ class Flags:
     env: EnvFlags = field(default_factory=EnvFlags)
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(entropy_coef=0.05))
     """Settings of the loop, which start from those that suit the algorithm, and of PPO alone, which others refuse."""
+    sampler: SamplerName = "transformers"
+    """What draws the responses: our loop on the model that trains, continuous batching on it, or vLLM."""
+    vllm: VLLMFlags = field(default_factory=VLLMFlags)
     iterations: int = 120
     """Updates to do in all."""
     save_every: int = 10
@@ -87,12 +92,18 @@ class Flags:
 
 
 def main(flags: Flags) -> None:
-    """Evaluate, train, evaluate again, report."""
+    """Load everything, and train."""
     console = Console()
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     torch.manual_seed(flags.ppo.seed)
     agent, heldout = build(flags)
+    with closing(agent.sampler):
+        train(flags, console, agent, heldout)
+
+
+def train(flags: Flags, console: Console, agent: Agent, heldout: list[Any]) -> None:
+    """Evaluate, train, evaluate again, report."""
     checkpoint, policy_folder = flags.out / "checkpoint", flags.out / "policy"
     flags.out.mkdir(parents=True, exist_ok=True)
     model = flags.policy.model or flags.env.reference or "the embedded storyteller"
@@ -196,9 +207,12 @@ def build(flags: Flags) -> tuple[Agent, list[Any]]:
     else:
         # The model that training starts from is the reference, unless another is named.
         envs = make_env(flags.env, reference=flags.env.reference or flags.policy.model)
+    task = envs.unwrapped.task
+    room = longest([*task.prompts, *task.tokenize(heldout)], task.options.max_new_tokens)
+    sampler = make_sampler(flags.sampler, policy, flags.vllm, room)
     if flags.resume:
-        return Agent.load(checkpoint, envs, eval_prompts=heldout, policy=policy), heldout
-    return Agent(policy, envs, algorithm, config, eval_prompts=heldout), heldout
+        return Agent.load(checkpoint, envs, sampler, eval_prompts=heldout, policy=policy), heldout
+    return Agent(policy, envs, algorithm, config, sampler, eval_prompts=heldout), heldout
 
 
 def _critic(flags: Flags, source: Any, algorithm: Algorithm) -> str:

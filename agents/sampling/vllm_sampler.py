@@ -91,7 +91,7 @@ class VLLMEngine:
         """
         self.config = config
         with kept_random_states(), _environment(config.multiprocess), tempfile.TemporaryDirectory() as folder:
-            from vllm import LLM, envs
+            from vllm import LLM, envs  # pyright: ignore[reportMissingImports]
 
             envs.disable_envs_cache()  # an earlier engine's settings
             description = copy.deepcopy(unwrap(model).config)
@@ -130,7 +130,7 @@ class VLLMEngine:
         return told
 
     def _generate(self, requests: Sequence[Request]) -> list[Any]:
-        from vllm import SamplingParams
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         self._wake()
         outputs = self.llm.generate(
@@ -187,7 +187,7 @@ class VLLMEngine:
 
 def check_version() -> None:
     """Raise unless a vLLM is installed that this was written for."""
-    import vllm
+    import vllm  # pyright: ignore[reportMissingImports]
 
     if not vllm.__version__.startswith(f"{TESTED}."):
         raise ImportError(

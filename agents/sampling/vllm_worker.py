@@ -47,11 +47,11 @@ def _read(path: str) -> Iterator[tuple[str, Tensor]]:
 
 def _repack_heads(model: torch.nn.Module) -> None:
     """On a CPU a tied head multiplies by a packed copy of its weight, which a reload leaves as it was."""
-    from vllm.platforms import current_platform
+    from vllm.platforms import current_platform  # pyright: ignore[reportMissingImports]
 
     if not current_platform.is_cpu():
         return
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm  # pyright: ignore[reportMissingImports]
 
     for module in model.modules():
         weight = getattr(module, "weight", None)
