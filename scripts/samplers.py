@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from agents import ValueHeadLM
 from agents.sampling import Sampler, TransformersSampler
 
-SamplerName = Literal["transformers", "continuous", "vllm"]
+SamplerName = Literal["transformers", "continuous", "vllm", "vllm-server"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,10 @@ class VLLMFlags:
     """Whether it has a process of its own."""
     enforce_eager: bool = True
     """Whether nothing is compiled: quick to start, slower on a GPU."""
+    urls: tuple[str, ...] = ()
+    """Of `vllm-server`: where servers listen; if absent, one is started on this machine."""
+    exchange: Path | None = None
+    """Of `vllm-server`: a folder that the servers see too, for the weights; if absent, one in memory."""
 
 
 def make_sampler(name: SamplerName, policy: ValueHeadLM, flags: VLLMFlags, max_model_len: int) -> Sampler:
@@ -41,10 +46,17 @@ def make_sampler(name: SamplerName, policy: ValueHeadLM, flags: VLLMFlags, max_m
         flags: Of vLLM.
         max_model_len: Longest prompt and response together, for which an engine makes room.
     """
-    if name == "vllm":
+    if name.startswith("vllm"):
         from agents.sampling.vllm_sampler import VLLMConfig, VLLMSampler
 
-        return VLLMSampler(policy, VLLMConfig(**asdict(flags), max_model_len=max_model_len))
+        given = asdict(flags)
+        urls, exchange = given.pop("urls"), given.pop("exchange")
+        config = VLLMConfig(**given, max_model_len=max_model_len)
+        if name == "vllm":
+            return VLLMSampler(policy, config)
+        from agents.sampling.vllm_server import VLLMServerConfig, VLLMServerSampler
+
+        return VLLMServerSampler(policy, VLLMServerConfig(urls=urls, exchange=exchange, engine=config))
     if name == "continuous":
         from agents.sampling.continuous_sampler import ContinuousSampler
 

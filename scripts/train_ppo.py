@@ -77,7 +77,7 @@ class Flags:
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(entropy_coef=0.05))
     """Settings of the loop, which start from those that suit the algorithm, and of PPO alone, which others refuse."""
     sampler: SamplerName = "transformers"
-    """What draws the responses: our loop on the model that trains, continuous batching on it, or vLLM."""
+    """What draws responses: our loop on the model that trains, continuous batching on it, or vLLM, here or served."""
     vllm: VLLMFlags = field(default_factory=VLLMFlags)
     iterations: int = 120
     """Updates to do in all."""

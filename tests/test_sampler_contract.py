@@ -55,16 +55,25 @@ def vllm_sampler(model: Any, **changes: Any) -> Any:
     return VLLMSampler(model, VLLMConfig(max_num_seqs=16, **changes))
 
 
+def vllm_server_sampler(model: Any) -> Any:
+    from agents.sampling.vllm_sampler import VLLMConfig
+    from agents.sampling.vllm_server import VLLMServerConfig, VLLMServerSampler
+
+    return VLLMServerSampler(model, VLLMServerConfig(engine=VLLMConfig(max_num_seqs=16)))
+
+
 needs_vllm = pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed: `make test-vllm` runs this")
 BACKENDS: dict[str, Callable[[Any], Any]] = {
     "transformers": TransformersSampler,
     "continuous": ContinuousSampler,
     "vllm": vllm_sampler,
+    "vllm process": lambda model: vllm_sampler(model, multiprocess=True),
+    "vllm server": vllm_server_sampler,
 }
+# Processes take their time to start: one model each.
+PAIRS = [(backend, name) for backend in BACKENDS for name in MODELS if " " not in backend or name == "qwen2"]
 PARAMETERS = [
-    pytest.param((backend, name), id=f"{backend}-{name}", marks=[needs_vllm] if backend == "vllm" else [])
-    for backend in BACKENDS
-    for name in MODELS
+    pytest.param(pair, id="-".join(pair), marks=[needs_vllm] if pair[0].startswith("vllm") else []) for pair in PAIRS
 ]
 
 
@@ -218,7 +227,7 @@ def test_no_prompts_no_samples(world: World) -> None:
 
 
 def test_unknown_and_missing_names_are_refused_and_the_engine_goes_on(world: World) -> None:
-    if world.backend != "vllm":
+    if not world.backend.startswith("vllm"):
         pytest.skip("the model is live: there is nothing to push")
     named = list(named_weights(world.model))
     for wrong, message in (

@@ -100,7 +100,7 @@ class ContinuousSampler:
         seed: int,
     ) -> list[Any]:
         from transformers import GenerationConfig
-        from transformers.generation import ContinuousBatchingConfig
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
         longest = max(len(prompt) for prompt in prompts) + max_new_tokens
         pages = len(prompts) * (math.ceil(longest / _PAGE) + 1)

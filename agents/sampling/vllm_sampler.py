@@ -94,9 +94,7 @@ class VLLMEngine:
             from vllm import LLM, envs  # pyright: ignore[reportMissingImports]
 
             envs.disable_envs_cache()  # an earlier engine's settings
-            description = copy.deepcopy(unwrap(model).config)
-            description.architectures = [type(unwrap(model)).__name__]  # absent in a model made of a configuration
-            description.save_pretrained(folder)
+            save_description(model, folder)
             self.llm: Any = LLM(model=folder, **engine_options(model, config))
 
     def load(self, weights: Mapping[str, Tensor], version: str) -> Mapping[str, int]:
@@ -195,6 +193,13 @@ def check_version() -> None:
         )
 
 
+def save_description(model: Any, folder: str) -> None:
+    """Write the configuration that an engine starts from, without weights or tokenizer."""
+    description = copy.deepcopy(unwrap(model).config)
+    description.architectures = [type(unwrap(model)).__name__]  # absent in a model made of a configuration
+    description.save_pretrained(folder)
+
+
 def engine_options(model: Any, config: VLLMConfig) -> dict[str, Any]:
     """The arguments of an engine for this model: of `vllm.LLM`, or of `vllm serve`."""
     weight = next(model.parameters())
@@ -250,10 +255,10 @@ def at_temperature(request: Request, tokens: Sequence[int], logprobs: Sequence[M
 
 
 @contextmanager
-def weight_file(weights: Mapping[str, Tensor]) -> Iterator[Path]:
-    """A safetensors file of the weights, in memory where there is such a place."""
+def weight_file(weights: Mapping[str, Tensor], exchange: Path | None = None) -> Iterator[Path]:
+    """A safetensors file of the weights, in a folder of one's own or in memory, where there is such a place."""
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(dir=exchange or (memory if memory.is_dir() else None)) as folder:
         path = Path(folder) / "weights.safetensors"
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
         yield path

@@ -17,12 +17,12 @@ class WeightReceiver:
 
     model_runner: Any
 
-    def receive_weights(self, weights: Iterable[tuple[str, Tensor]] | None = None, path: str = "") -> dict[str, str]:
+    def receive_weights(self, path: str = "", weights: Iterable[tuple[str, Tensor]] | None = None) -> dict[str, str]:
         """Load weights, and tell what was loaded.
 
         Args:
-            weights: By the names of the checkpoint, where the engine is in this process.
-            path: A safetensors file of them, where it is in another.
+            path: A safetensors file of them, where the engine is in a process of its own.
+            weights: By the names of the checkpoint, where it is in this process.
 
         Returns:
             `agents.sampling.sync.checksum` of each tensor as it went in, as decimals.
