@@ -12,6 +12,7 @@ Writes `speed.json` and, from it, `speed.md`; cases that are not run again keep 
 - **memory**: log-probs and their backward, as the vocabulary grows.
 - **scaling**: powers with which costs grow.
 - **startup**: imports and `gym.make`.
+- **samplers**: tokens a second of each sampler that is installed.
 - **gpu**: fractions of a device's bandwidth and matrix rate.
 """
 
@@ -28,7 +29,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from scripts.benching import adapters, gpu, memory, ppo, scaling, startup, tax
+from scripts.benching import adapters, gpu, memory, ppo, samplers, scaling, startup, tax
 
 CASES: dict[str, Callable[[int, Path | None, Callable[[str], None]], tuple[str, Any]]] = {
     "tax": tax.run,
@@ -38,7 +39,10 @@ CASES: dict[str, Callable[[int, Path | None, Callable[[str], None]], tuple[str, 
     "scaling": scaling.run,
     "startup": startup.run,
 }
-"""What is measured on a CPU: `(rounds, model, tell)` gives a section of the page and a list of dataclasses."""
+"""What is measured by default: `(rounds, model, tell)` gives a section of the page and a list of dataclasses."""
+
+MORE = {"samplers": samplers.run}
+"""What runs only if it is named: vLLM wants an environment of its own."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Flags:
     """Measure speed."""
 
     only: tuple[str, ...] = tuple(CASES)
-    """Which cases; `gpu` runs only if it is named."""
+    """Which cases; `samplers` and `gpu` run only if they are named."""
     rounds: int = 5
     """Timed calls of each competitor."""
     threads: int = 1
@@ -62,9 +66,10 @@ class Flags:
 
     def __post_init__(self) -> None:
         """Refuse unknown cases."""
-        unknown = [name for name in self.only if name not in (*CASES, "gpu")]
+        known = (*CASES, *MORE, "gpu")
+        unknown = [name for name in self.only if name not in known]
         if unknown:
-            raise ValueError(f"only: expected some of {', '.join((*CASES, 'gpu'))}, got {', '.join(unknown)}")
+            raise ValueError(f"only: expected some of {', '.join(known)}, got {', '.join(unknown)}")
 
 
 def main(flags: Flags) -> None:
@@ -80,7 +85,7 @@ def main(flags: Flags) -> None:
         if name == "gpu":
             text, found = gpu.run(flags.rounds, flags.model, tell, flags.device, flags.sizes)
         else:
-            text, found = CASES[name](flags.rounds, flags.model, tell)
+            text, found = {**CASES, **MORE}[name](flags.rounds, flags.model, tell)
         print(text)
         rows = [asdict(row) for row in found]
         report[name] = {"machine": machine, "rounds": flags.rounds, "text": text, "found": rows}
@@ -94,7 +99,7 @@ def page(report: Mapping[str, Mapping[str, Any]]) -> str:
     parts = [
         "# Speed\n\n    python -m scripts.bench\n\n[Performance](../performance.md) says what is behind the figures.\n"
     ]
-    for name in (*CASES, "gpu"):
+    for name in (*CASES, *MORE, "gpu"):
         if name in report:
             case = report[name]
             parts.append(f"{case['text'].rstrip()}\n\n{case['machine']}; `--rounds {case['rounds']}`.\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import asdict
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.benching import gpu, memory, scaling, startup
+from scripts.benching import gpu, memory, samplers, scaling, startup
 from scripts.benching.models import Shape, llama
 
 SMALL = Shape(vocab=100, hidden=8, layers=2, heads=4, kv_heads=2, intermediate=16)
@@ -185,3 +186,16 @@ def test_an_unknown_case_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"only: expected some of tax, trl, .*, gpu, got speed"):
         Flags(only=("speed",))
+
+
+def test_samplers_are_measured_on_equal_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samplers, "SHAPE", Shape(vocab=1000, hidden=16, layers=1, heads=2, kv_heads=2))
+    monkeypatch.setattr(samplers, "ROWS", 3)
+    live = {"transformers": samplers.TransformersSampler, "again": samplers.TransformersSampler}
+    monkeypatch.setattr(samplers, "samplers", lambda: live)
+    text, found = samplers.run(2, None, lambda line: None)
+    assert [(timing.task, timing.name) for timing in found] == list(itertools.product(("equal", "ragged"), live))
+    equal, _, ragged, again = found
+    assert equal.tokens == (3 * samplers.EQUAL,) * 2 and len(equal.wall_seconds) == len(equal.push_seconds) == 2
+    assert ragged.tokens == again.tokens and max(ragged.tokens) < 3 * samplers.RAGGED
+    assert text.count("| again |") == 2 and "| equal | tokens/s |" in text
