@@ -138,7 +138,7 @@ def check_mismatch(old_logprobs: Tensor, behavior_logprobs: Tensor, mask: Tensor
     raise SamplerMismatch(
         f"the sampler's log-probs are {float(found.kl):.2g} nats per token (KL) from the trainer's, above the alarm of "
         f"{alarm:.2g}; mean |Δ log p| {float(found.logprob_gap):.2g}, worst response {float(found.worst_sequence):.2g}."
-        " Rounding in bfloat16 gives 1e-4 or less. Likelier: weights that were not pushed, or in part; a prefix cache "
+        " Rounding in bfloat16 gives about 1e-4. Likelier: weights that were not pushed, or in part; a prefix cache "
         "from before a push; log-probs of another temperature, or of top-p; other positions. Nothing was learnt from "
         "these samples."
     )

@@ -167,6 +167,17 @@ def test_a_failure_leaves_agent_and_checkpoint_as_they_were(tmp_path: Any) -> No
     assert fingerprint(named_weights(resumed.policy), 0) == before
 
 
+def test_a_response_that_would_not_fit_is_refused_before_anything_is_drawn() -> None:
+    made: list[FakeEngine] = []
+    sampler = EngineSampler(make_llama(), lambda: made.append(FakeEngine()) or made[-1], max_model_len=7)
+    made[0].fails = ["draw"]
+    with pytest.raises(
+        ValueError, match="row 0 has 2 tokens, and with max_new_tokens 6 exceeds the model's context of 7"
+    ):
+        sampler.sample(PROMPTS, **ASKED)
+    assert made[0].fails == ["draw"]
+
+
 def test_nothing_is_drawn_of_a_closed_engine_but_by_a_new_one() -> None:
     sampler, made = sampler_of(make_llama())
     expected = sampler.sample(PROMPTS, **ASKED)

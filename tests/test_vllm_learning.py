@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,7 +19,7 @@ from agents.mismatch import SamplerMismatch
 from agents.policy import ValueHeadLM
 from agents.sampling import fingerprint, named_weights
 from tests.agent_fixtures import even_share, make_env
-from tests.test_sampler_contract import EOS, llama, vllm_sampler
+from tests.test_sampler_contract import EOS, global_states, llama, vllm_sampler, vllm_server_sampler
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of vLLM, at its import and when an engine starts
@@ -98,6 +100,26 @@ def test_a_cache_that_is_not_reset_is_caught_and_the_engine_started_again(agent:
     assert agent.sampler._engine is not engine
 
 
+def test_starting_an_engine_moves_no_global_random_state() -> None:
+    lm = model()
+    before = global_states()
+    vllm_sampler(lm).close()
+    assert global_states() == before
+
+
+def test_adapters_are_merged_into_what_is_pushed() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    wanted = ["q_proj", "v_proj", "down_proj"]
+    lm: Any = get_peft_model(model(), LoraConfig(r=2, target_modules=wanted, init_lora_weights=False))
+    env = make_env(model(), even_share, prompts=PROMPTS, stop_token_ids=[EOS], max_new_tokens=8)
+    policy = ValueHeadLM(lm, build_critic(lm, "shared"))
+    settings = PPOConfig(batch_episodes=8, minibatches=2, learning_rate=1e-2)
+    agent = PPO(policy, env, settings, vllm_sampler(policy))
+    assert max(row["sampler/logprob_gap"] for row in agent.learn(3)) < 1e-4
+    agent.sampler.close()
+
+
 def test_log_probs_of_another_law_are_caught_at_once() -> None:
     agent = agent_of(lambda policy: vllm_sampler(policy, more={"logprobs_mode": "raw_logprobs"}))
     before = fingerprint(named_weights(agent.policy.lm), 0)
@@ -115,19 +137,25 @@ def test_bfloat16_is_corrected_and_no_alarm() -> None:
     agent.sampler.close()
 
 
-def test_an_engine_process_that_is_killed_is_started_again() -> None:
-    agent = agent_of(lambda policy: vllm_sampler(policy, multiprocess=True), rate=1e-4)
-    twin = agent_of(vllm_sampler, rate=1e-4)
+def kill_soon(pid: int, group: bool) -> None:
+    """In the middle of what is asked next."""
+    kill = os.killpg if group else os.kill
+    threading.Timer(0.05, kill, (pid, signal.SIGKILL)).start()
+
+
+@pytest.mark.parametrize("where", ["process", "server"])
+def test_an_engine_that_is_killed_within_a_rollout_is_started_again(where: str) -> None:
+    make = vllm_server_sampler if where == "server" else lambda policy: vllm_sampler(policy, multiprocess=True)
+    agent, twin = agent_of(make, rate=1e-4), agent_of(vllm_sampler, rate=1e-4)
     agent.learn(1)
     engine: Any = agent.sampler._engine
-    (process,) = engine._processes
-    generate = engine.llm.generate
+    draw = engine.draw
 
-    def killed(*args: Any, **kwargs: Any) -> Any:
-        os.kill(process.pid, signal.SIGKILL)
-        return generate(*args, **kwargs)
+    def killed(requests: Any) -> Any:
+        kill_soon(engine.server.process.pid if where == "server" else engine._processes[0].pid, where == "server")
+        return draw([replace(request, max_new_tokens=200, stop_token_ids=[]) for request in requests])  # takes a while
 
-    engine.llm.generate = killed
+    engine.draw = killed
     agent.learn(1)
     assert agent.sampler._engine is not engine
     twin.learn(2)
