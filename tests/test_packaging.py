@@ -72,7 +72,7 @@ def test_the_metadata_are_those_of_the_project(wheel: Path) -> None:
         metadata = HeaderParser().parsestr(archive.read(name).decode())
     assert (metadata["Name"], metadata["License-Expression"]) == ("textenv", "MIT")
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = {"train", "lora", "data", "tianshou", "sb3", "torchrl", "grammar", "bench", "test"}
+    extras = {"train", "lora", "data", "tianshou", "sb3", "torchrl", "grammar", "vllm", "bench", "test"}
     assert set(metadata.get_all("Provides-Extra") or []) == extras
 
 
@@ -91,14 +91,15 @@ def test_the_unpacked_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None
 
 
 def test_bounds_are_lower_bounds() -> None:
-    ours = [requirement for requirement in requirements() if not requirement.startswith("textenv[")]
+    # vLLM's interface changes with each version: its range is closed.
+    ours = [requirement for requirement in requirements() if not requirement.startswith(("textenv[", "vllm>="))]
     assert [requirement for requirement in ours if not re.fullmatch(r"[\w-]+(\[\w+\])?>=[\d.]+", requirement)] == []
 
 
 def test_every_requirement_is_pinned_at_or_above_its_bound() -> None:
     pinned = {name.lower().replace("_", "-"): value for name, value in pins().items()}
     for requirement in requirements():
-        name, _, bound = re.sub(r"\[.*?\]", "", requirement).partition(">=")
+        name, _, bound = re.sub(r"\[.*?\]|,<.*", "", requirement).partition(">=")
         assert name == "textenv" or version(pinned[name]) >= version(bound), requirement
 
 
@@ -112,7 +113,8 @@ def test_constraints_name_versions_only() -> None:
     assert [line for line in lines if not re.fullmatch(r"#.*|[\w.-]+==[\w.]+", line)] == []
 
 
-def test_ci_runs_make_test() -> None:
+def test_ci_runs_make_test_and_says_so_where_it_cannot_run_vllm() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
-    assert script.read_text(encoding="utf8").splitlines()[-1] == "exec make test"
+    text = script.read_text(encoding="utf8")
+    assert "set -eu" in text and "\nmake test\n" in text and "\n  make test-vllm\nelse\n  echo '!!!" in text
