@@ -19,7 +19,6 @@ from agents.losses import importance_ratios
 from agents.masked import masked_mean, masked_sum
 
 CorrectionLevel = Literal["token", "sequence", "none"]
-_LOG_RATIO_LIMIT = 20.0
 
 
 @torch.no_grad()
@@ -66,7 +65,7 @@ def correction_weights(
         return torch.ones_like(gap)
     if level == "sequence":
         gap = gap.sum(1, keepdim=True).expand_as(gap)
-    weights = gap.clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT).exp()
+    weights = importance_ratios(gap, torch.zeros_like(gap))
     return torch.where(weights > cap, torch.zeros_like(weights), weights) if drop else weights.clamp(max=cap)
 
 

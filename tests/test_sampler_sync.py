@@ -138,6 +138,9 @@ def test_nothing_is_pushed_twice_and_weights_changed_by_hand_are() -> None:
     agent.evaluate([[5, 6]])
     agent.collect()
     assert agent.sampler.pushes == [0, 0]
+    agent.sampler = CopySampler(agent.policy)  # another one has none of them
+    agent.collect()
+    assert agent.sampler.pushes == [0]
 
 
 @pytest.mark.parametrize(

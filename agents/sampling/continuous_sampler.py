@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from agents.policy import ValueHeadLM
-from agents.sampling.base import Samples, check_request
 from agents.sampling.random_states import kept_random_states
-from agents.sampling.sync import fingerprint, named_weights
-from agents.sampling.transformers_sampler import TransformersSampler
-from textenv.models import context_length, logit_width, unwrap
+from agents.sampling.transformers_sampler import Row, TransformersSampler
+from textenv.models import unwrap
 from textenv.types import FinishReason
 
 _PAGE = 64
 
 
-class ContinuousSampler:
+class ContinuousSampler(TransformersSampler):
     """Draws by `generate_batch` of transformers: paged keys and values, rows that end make room for others at once.
 
-    It has one seed for a call, so a row's draws depend on all of them; greedy responses are `TransformersSampler`'s.
+    It has one seed for a call, so a row's draws depend on all of them; greedy responses are the parent's.
     The global random states are after each call what they were before, and the model's mode too.
     """
 
@@ -39,56 +35,30 @@ class ContinuousSampler:
         """
         if max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens: expected a positive number, got {max_batch_tokens}")
-        self._model = policy.lm if isinstance(policy, ValueHeadLM) else policy
+        super().__init__(policy)
         if not hasattr(unwrap(self._model), "generate_batch"):
             raise ValueError(f"policy: expected a model with generate_batch, got {type(unwrap(self._model)).__name__}")
         self._max_batch_tokens = max_batch_tokens
-        self._greedy = TransformersSampler(self._model)
-        self._version: int | None = None
 
-    def sample(
+    def _rows(
         self,
         prompts: Sequence[Sequence[int]],
-        *,
         max_new_tokens: int,
         stop_token_ids: Sequence[int],
         temperature: float,
         seed: int,
-        greedy: bool = False,
-    ) -> Samples:
-        """Draw one response per prompt; see `agents.sampling.base.Sampler.sample`.
-
-        Raises:
-            ValueError: As `TransformersSampler.sample`.
-            RuntimeError: If a response fails.
-        """
-        base = unwrap(self._model)
-        check_request(
-            prompts, max_new_tokens, stop_token_ids, temperature, logit_width(base), context_length(base.config)
-        )
+        greedy: bool,
+    ) -> list[Row]:
         if greedy or not prompts:
-            options = {"stop_token_ids": stop_token_ids, "temperature": temperature, "seed": seed, "greedy": greedy}
-            drawn = self._greedy.sample(prompts, max_new_tokens=max_new_tokens, **options)
-            return Samples(drawn.responses, drawn.logprobs, drawn.finish_reasons, self._weights())
+            return super()._rows(prompts, max_new_tokens, stop_token_ids, temperature, seed, greedy)
+        base = unwrap(self._model)
         training = base.training
         try:
             with kept_random_states(), torch.no_grad():
                 found = self._generate(base, prompts, max_new_tokens, stop_token_ids, temperature, seed)
         finally:
             base.train(training)
-        stops = set(stop_token_ids)
-        rows = [_row(one, stops, max_new_tokens) for one in found]
-        return Samples([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], self._weights())
-
-    def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Only the version is news, as for `TransformersSampler`."""
-        self._version = version
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-    def _weights(self) -> Any:
-        return None if self._version is None else fingerprint(named_weights(self._model), self._version)
+        return [_row(one, set(stop_token_ids), max_new_tokens) for one in found]
 
     def _generate(
         self,
@@ -129,7 +99,7 @@ class ContinuousSampler:
         return list(results.values())
 
 
-def _row(output: Any, stops: set[int], max_new_tokens: int) -> tuple[list[int], list[float], FinishReason]:
+def _row(output: Any, stops: set[int], max_new_tokens: int) -> Row:
     tokens, logprobs = list(output.generated_tokens), [float(value) for value in output.logprobs]
     ended = bool(tokens) and tokens[-1] in stops
     if output.error or not (ended or len(tokens) == max_new_tokens):

@@ -33,18 +33,18 @@ class WeightSync:
 
     def __init__(self) -> None:
         """Nothing was pushed yet."""
-        self._pushed: Fingerprint | None = None
+        self._pushed: tuple[Any, Fingerprint] | None = None
 
     def push(self, sampler: Any, model: Any, version: int) -> Fingerprint:
-        """Give a sampler the model's present weights, unless it has them.
+        """Give a sampler the model's present weights, unless it was the last to get these.
 
         Returns:
             Which these are, to be compared with what the samples say (`check_synced`).
         """
         weights = fingerprint(named_weights(model), version)
-        if weights != self._pushed:
+        if self._pushed is None or self._pushed[0] is not sampler or self._pushed[1] != weights:
             sampler.push(named_weights(model), version)
-            self._pushed = weights
+            self._pushed = sampler, weights
         return weights
 
 

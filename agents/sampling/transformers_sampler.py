@@ -19,6 +19,8 @@ from textenv.recompute import Decoder, RecomputeDecoder
 from textenv.types import FinishReason
 
 _KEEP_FRACTION = 0.75
+Row = tuple[list[int], list[float], FinishReason]
+"""Tokens, their log-probs, and how the response ended."""
 
 
 class TransformersSampler:
@@ -67,6 +69,21 @@ class TransformersSampler:
         width = logit_width(self._model)
         context = context_length(unwrap(self._model).config)
         check_request(prompts, max_new_tokens, stop_token_ids, temperature, width, context)
+        rows = self._rows(prompts, max_new_tokens, stop_token_ids, temperature, seed, greedy)
+        weights = None if self._version is None else fingerprint(named_weights(self._model), self._version)
+        return Samples([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], weights)
+
+    def _rows(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int],
+        temperature: float,
+        seed: int,
+        greedy: bool,
+    ) -> list[Row]:
+        """The responses to a request that was checked."""
+        width = logit_width(self._model)
         device = next(backbone(self._model).parameters()).device
         stops = torch.zeros(width, dtype=torch.bool, device=device)
         stops[list(stop_token_ids)] = True
@@ -78,9 +95,7 @@ class TransformersSampler:
             self._decode(prompts[first : first + size], uniforms[first : first + size], stops, temperature, greedy)
             for first in range(0, len(prompts), size)
         ]
-        rows = [row for part in parts for row in part]
-        weights = None if self._version is None else fingerprint(named_weights(self._model), self._version)
-        return Samples([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], weights)
+        return [row for part in parts for row in part]
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Only the version is news: the model is live. If it is not the one that trains, its checksums will tell."""
@@ -92,7 +107,7 @@ class TransformersSampler:
     @torch.inference_mode()
     def _decode(
         self, prompts: Sequence[Sequence[int]], uniforms: Tensor, stops: Tensor, temperature: float, greedy: bool
-    ) -> list[tuple[list[int], list[float], FinishReason]]:
+    ) -> list[Row]:
         count, steps = uniforms.shape
         decoder, hidden = self._prefill(prompts, steps, stops.device)
         head = output_head(self._model)
@@ -146,7 +161,7 @@ def _right_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> tup
     return ids, torch.tensor([len(prompt) for prompt in prompts])
 
 
-def _cut(tokens: Tensor, logprobs: Tensor, stops: Tensor) -> list[tuple[list[int], list[float], FinishReason]]:
+def _cut(tokens: Tensor, logprobs: Tensor, stops: Tensor) -> list[Row]:
     """Cut each row after its first stop token; `tokens` and `logprobs` are `[T, B]`."""
     is_stop = stops[tokens]
     lengths = torch.where(is_stop.any(0), is_stop.int().argmax(0) + 1, len(tokens)).tolist()

@@ -12,7 +12,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -268,10 +268,20 @@ def _drawn(request: Request, output: Any) -> Drawn:
     (one,) = output.outputs
     tokens = list(one.token_ids)
     places = [{token: entry.logprob for token, entry in place.items()} for place in one.logprobs]
-    versions = {span.version for span in one.weight_versions or ()}
-    if len(versions) != 1:
-        raise RuntimeError(f"expected a response of one version of the weights, got {sorted(versions)}")
-    return Drawn(tokens, at_temperature(request, tokens, places), versions.pop(), output.num_cached_tokens or 0)
+    version = one_version(span.version for span in one.weight_versions or ())
+    return Drawn(tokens, at_temperature(request, tokens, places), version, output.num_cached_tokens or 0)
+
+
+def one_version(versions: Iterable[str]) -> str:
+    """The version of the weights that drew a response.
+
+    Raises:
+        RuntimeError: If there is none, or several: an engine may take new weights in the middle.
+    """
+    found = set(versions)
+    if len(found) != 1:
+        raise RuntimeError(f"expected a response of one version of the weights, got {sorted(found)}")
+    return found.pop()
 
 
 def _cache_bytes(config: Any, tokens: int, rows: int) -> int:

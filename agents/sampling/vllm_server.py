@@ -29,6 +29,7 @@ from agents.sampling.vllm_sampler import (
     at_temperature,
     check_version,
     engine_options,
+    one_version,
     sampling_params,
     save_description,
     weight_file,
@@ -205,11 +206,9 @@ def _drawn(request: Request, answer: Mapping[str, Any]) -> Drawn:
     (choice,) = answer["choices"]
     tokens = list(choice["token_ids"])
     places = [{one["token_id"]: one["logprob"] for one in _entries(place)} for place in choice["logprobs"]["content"]]
-    versions = {span["version"] for span in choice["weight_versions"] or ()}
-    if len(versions) != 1:
-        raise RuntimeError(f"expected a response of one version of the weights, got {sorted(versions)}")
+    version = one_version(span["version"] for span in choice["weight_versions"] or ())
     details = answer["usage"].get("prompt_tokens_details") or {}
-    return Drawn(tokens, at_temperature(request, tokens, places), versions.pop(), details.get("cached_tokens") or 0)
+    return Drawn(tokens, at_temperature(request, tokens, places), version, details.get("cached_tokens") or 0)
 
 
 def _entries(place: Mapping[str, Any]) -> list[Mapping[str, Any]]:
