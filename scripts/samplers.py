@@ -15,7 +15,7 @@ SamplerName = Literal["transformers", "continuous", "vllm", "vllm-server"]
 
 @dataclass(frozen=True)
 class VLLMFlags:
-    """The vLLM engine (`agents.sampling.vllm_sampler.VLLMConfig`)."""
+    """The vLLM engine (`agents.sampling.vllm_terms.VLLMConfig`)."""
 
     dtype: str | None = None
     """Of its weights and activations; the policy's if absent."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from agents.policy import ValueHeadLM
 from agents.sampling.engine import Drawn, EngineSampler, Request
-from agents.sampling.vllm_sampler import (
+from agents.sampling.vllm_terms import (
     VLLMConfig,
     at_temperature,
     check_version,
