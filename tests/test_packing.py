@@ -66,6 +66,7 @@ def test_any_rows_are_each_row_alone_with_gradients(name: str, lengths: list[int
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(packing._CALL_IN_CELLS, "cpu", spare)
         patch.setattr(packing, "_WORTH_IT", 1.0)
+        patch.setattr(packing, "_WORTH_IT_SHORT", 1.0)
         patch.setattr(short_attention, "_WIDTH", short)
         pack = Packing.of(torch.tensor(lengths))
         found = in_rows(packed_hidden(model.base_model, ids, pack), pack, lengths)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from textenv.attention import can_attend, plain_attention
+from textenv.short_attention import products_win
 
-_WORTH_IT = 0.9
-"""Share of tokens among the cells of the batch below which padding is left out: laying out has a price too."""
+_WORTH_IT, _WORTH_IT_SHORT = 0.9, 0.95
+"""Share of tokens among the cells of the batch up to which padding is left out: laying out has a price too, which short
+rows that learn win back by their attention."""
 
 _CALL_IN_CELLS = {"cpu": 2**11, "cuda": 2**22}
 """Cells of attention (queries × keys of a row) that cost as much as one more call of the kernel, about: measured on a
@@ -117,7 +119,7 @@ def packed_hidden(trunk: Any, input_ids: Tensor, packing: Packing) -> Tensor:
     """
     cells = input_ids[:, : packing.width].reshape(-1)
     tokens = cells.index_select(0, packing.cells)
-    if len(tokens) <= _WORTH_IT * len(cells) and _can_pack(trunk, packing.width):
+    if len(tokens) <= _worth_it(trunk, packing) * len(cells) and _can_pack(trunk, packing.width):
         return _packed(trunk, tokens, packing)
     padded = cells.new_zeros(len(cells)).index_copy(0, packing.cells, tokens)  # no padding id is special
     hidden = trunk(input_ids=padded.view(packing.rows, packing.width), use_cache=False).last_hidden_state.flatten(0, 1)
@@ -132,6 +134,11 @@ def _packed(trunk: Any, tokens: Tensor, packing: Packing) -> Tensor:
         use_cache=False,
         packing=packing,
     ).last_hidden_state[0]
+
+
+def _worth_it(trunk: Any, packing: Packing) -> float:
+    short = torch.is_grad_enabled() and products_win(next(trunk.parameters()), packing.width)
+    return _WORTH_IT_SHORT if short else _WORTH_IT
 
 
 def _can_pack(trunk: Any, width: int) -> bool:

@@ -25,12 +25,16 @@ def is_short(query: Tensor, packing: Any) -> bool:
         query: `[1, H, N, D]`.
         packing: The `textenv.packing.Packing` of the rows.
     """
+    return query.requires_grad and products_win(query, packing.width)
+
+
+def products_win(tensor: Tensor, width: int) -> bool:
+    """Whether they do in a forward to be followed by a backward, with tensors like this one and rows of `width`."""
     return (
-        query.requires_grad
-        and query.device.type == "cpu"
+        tensor.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
-        and query.dtype in (torch.float32, torch.float64)
-        and packing.width <= _WIDTH
+        and tensor.dtype in (torch.float32, torch.float64)
+        and width <= _WIDTH
     )
 
 

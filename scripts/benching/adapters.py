@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gymnasium as gym
 import torch
 
 import textenv
 import textenv.models
+import textenv.packing
 from agents import PPO, PPOConfig, ValueHeadLM
 from scripts.benching.models import FreeScore, story_model
 from scripts.benching.timing import Competitor, Timing, measure, table
@@ -24,7 +26,8 @@ One iteration: {rows} responses of {tokens} tokens to prompts of {prompt}, {epoc
 minibatches, a critic on the policy's trunk, a free reward ({model}).
 
 "stock" is the library's algorithm as it is, whose shuffled minibatches touch every episode; "by episode" draws
-minibatches of whole episodes; "naive" is stock with prefix cache and prefix sharing switched off, timed once.
+minibatches of whole episodes; "naive" is stock with prefix cache and prefix sharing switched off, and "padded" has
+padding-free forwards switched off, too, so that each state is a row of a plain forward. The last two are timed once.
 
 """
 
@@ -44,7 +47,9 @@ def page(timings: Sequence[Timing], model: str) -> str:
     cpu = {timing.name: timing.cpu for timing in timings}
     lines = [
         f"- {library}: stock {cpu[f'{library}, naive'] / cpu[f'{library}, stock']:.1f} times less than naive, "
-        f"by episode {cpu[f'{library}, naive'] / cpu[f'{library}, by episode']:.1f} times less.\n"
+        f"by episode {cpu[f'{library}, naive'] / cpu[f'{library}, by episode']:.1f} times less; than padded, "
+        f"{cpu[f'{library}, padded'] / cpu[f'{library}, stock']:.1f} and "
+        f"{cpu[f'{library}, padded'] / cpu[f'{library}, by episode']:.1f} times less.\n"
         for library in ("Tianshou", "Stable-Baselines3")
     ]
     return text + table(timings, [NATIVE]) + "\n" + "".join(lines)
@@ -77,6 +82,14 @@ def _native(folder: Path) -> Callable[[], object]:
     return lambda: agent.learn(1)
 
 
+def _padded(work: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with mock.patch.object(textenv.packing, "_can_pack", lambda *_: False):
+            return work()
+
+    return run
+
+
 def _tianshou(folder: Path) -> list[Competitor]:
     from agents.adapters import tianshou_bridge as bridge
 
@@ -98,6 +111,7 @@ def _tianshou(folder: Path) -> list[Competitor]:
         Competitor("Tianshou, by episode", lambda: prepare(True, True)),
         Competitor("Tianshou, stock", lambda: prepare(False, True)),
         Competitor("Tianshou, naive", lambda: prepare(False, False), rounds=1),
+        Competitor("Tianshou, padded", lambda: _padded(prepare(False, False)), rounds=1),
     ]
 
 
@@ -117,4 +131,5 @@ def _sb3(folder: Path) -> list[Competitor]:
         Competitor("Stable-Baselines3, by episode", lambda: prepare(True, True)),
         Competitor("Stable-Baselines3, stock", lambda: prepare(False, True)),
         Competitor("Stable-Baselines3, naive", lambda: prepare(False, False), rounds=1),
+        Competitor("Stable-Baselines3, padded", lambda: _padded(prepare(False, False)), rounds=1),
     ]
