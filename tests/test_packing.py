@@ -81,6 +81,29 @@ def test_any_rows_are_each_row_alone_with_gradients(name: str, lengths: list[int
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_short_rows_that_learn_take_their_own_attention_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, taken, forward = make_llama(), [], short_attention.ShortAttention.forward
+
+    def counted_forward(*args: Any) -> Any:
+        taken.append(None)
+        return forward(*args)
+
+    monkeypatch.setattr(short_attention.ShortAttention, "forward", staticmethod(counted_forward))
+
+    def calls(lengths: list[int]) -> int:
+        taken.clear()
+        packed_hidden(model.base_model, rows_of(lengths), Packing.of(torch.tensor(lengths)))
+        return len(taken)
+
+    layers = len(model.base_model.layers)
+    assert calls([3, 20, 5]) == layers
+    assert calls([3, short_attention._WIDTH + 1, 5]) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls([3, 20, 5]) == 0
+    with torch.no_grad():
+        assert calls([3, 20, 5]) == 0
+
+
 @given(lengths=lengths_of_rows, spare=st.sampled_from([1, 50, 10**9]))
 def test_groups_hold_every_token_once(lengths: list[int], spare: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -220,3 +243,11 @@ def test_a_large_constant_channel_does_not_hide_a_fault(monkeypatch: pytest.Monk
     assert not packing._agrees(model.base_model)
     monkeypatch.setattr(packing, "_packed", original)
     assert packing._agrees(model.base_model)
+
+
+def test_a_second_derivative_is_refused_not_wrong() -> None:
+    model, lengths = MODELS["llama"], [9, 5, 3, 7]
+    ids, parameters = rows_of(lengths), list(MODELS["llama"].base_model.parameters())
+    hidden = packed_hidden(model.base_model, ids, Packing.of(torch.tensor(lengths)))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(hidden.pow(2).sum(), parameters, create_graph=True)

@@ -262,9 +262,10 @@ def test_critic_refusals(tiny_lm_folder: Path, tmp_path: Path) -> None:
 def test_gradient_checkpointing_changes_memory_only(tiny_lm_folder: Path, checkpointing: bool) -> None:
     policy = _random_head(ValueHeadLM.from_pretrained(tiny_lm_folder, gradient_checkpointing=checkpointing))
     plain = _random_head(ValueHeadLM(make_llama()))
+    ids, prompts, responses = _rows()
+    policy.evaluate(ids, prompts, responses, temperature=1.0)  # whether rows can be packed is tried once
     calls = []
     policy.lm.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1) and None)
-    ids, prompts, responses = _rows()
     for p in (policy, plain):
         got = p.evaluate(ids, prompts, responses, temperature=1.0)
         (got.logprobs.sum() + got.values.sum()).backward()

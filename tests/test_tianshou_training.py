@@ -131,7 +131,7 @@ def test_fused_attention_has_no_second_derivative() -> None:
     law = setup.algorithm.policy(batch).dist
     with torch.no_grad():
         old = setup.algorithm.policy(batch).dist
-    with pytest.raises(RuntimeError, match="derivative for aten::_scaled_dot_product"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         kl = kl_divergence(old, law).mean()
         gradient = setup.algorithm._get_flat_grad(kl, setup.algorithm.policy.actor, create_graph=True)
         setup.algorithm._MVP(torch.ones_like(gradient), gradient)

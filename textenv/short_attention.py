@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _WIDTH = 64
 """Longest row, measured with heads of 8 to 64: beyond, the fused kernel's blocks win."""
@@ -64,9 +63,15 @@ class ShortAttention(torch.autograd.Function):
         return torch.cat(found)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of `[N, H, D]`; second derivatives are refused."""
+        """Of `[N, H, D]`.
+
+        Raises:
+            RuntimeError: If it is to be differentiated itself. PyTorch's `once_differentiable` would not raise where
+                inputs alone are asked for, and leave attention out of the second derivative.
+        """
+        if torch.is_grad_enabled():
+            raise RuntimeError("attention: expected no create_graph, as it has no second derivative; eager has one")
         scale, groups, heads, shared = ctx.rest
         found = []
         for at, group in enumerate(groups):
