@@ -62,8 +62,8 @@ class TrainConfig:
     """Their largest."""
     correction_drop: bool = False
     """Whether what exceeds the cap weighs 0 instead of the cap."""
-    mismatch_alarm: float | None = 5e-3
-    """Nats per token of KL from the sampler to the trainer above which its samples are refused; None: none."""
+    mismatch_alarm: float | None = 1e-2
+    """Nats per token of bounded KL from the sampler to the trainer above which its samples are refused; None: none."""
     eval_every: int = 0
     """Updates between evaluations on the held-out prompts; 0: none."""
     bf16: bool | None = None

@@ -181,7 +181,7 @@ def microbatch_loss(
         with_values=critic is not None,
         trunk_value_coef=0.0 if critic is None or step.critic_only else critic.trunk_coef,
     )
-    weights = correction_weights(
+    correction = correction_weights(
         rollout.old_logprobs,
         rollout.behavior_logprobs,
         mask,
@@ -189,7 +189,7 @@ def microbatch_loss(
         cap=config.correction_cap,
         drop=config.correction_drop,
     )
-    policy_loss = weights * algorithm.objective(now.logprobs, rollout, target.advantages)
+    policy_loss = correction * algorithm.objective(now.logprobs, rollout, target.advantages)
     sums = {"loss/policy": masked_sum(policy_loss.detach(), mask)}
     losses = []
     if critic is not None:
@@ -199,7 +199,7 @@ def microbatch_loss(
     if not step.critic_only:
         total = policy_loss - config.entropy_coef * now.entropy
         if algorithm.kl_loss is not None and step.kl_coef != 0:
-            divergence = weights * algorithm.kl_loss(now.logprobs, rollout)
+            divergence = correction * algorithm.kl_loss(now.logprobs, rollout)
             sums["loss/kl"] = masked_sum(divergence.detach(), mask)
             total = total + step.kl_coef * divergence
         losses.append(algorithm.aggregation(total, mask, count))

@@ -13,6 +13,7 @@ TensorBoard events, `samples.md`, `learning_curve.png`, `report.html`, and the p
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -27,11 +28,14 @@ from rich.console import Console
 import textenv
 from agents import Agent, Evaluation, PPOConfig, TrainConfig, ValueHeadLM
 from agents.algorithms import RECIPES, Algorithm, from_config
+from agents.mismatch import SamplerMismatch
 from agents.policy_files import saved_critic_kind
 from agents.report import print_comparison, write_report
+from agents.sampling.engine import SamplerFailure
+from agents.sampling.vllm_config import VLLMConfig, VLLMServerConfig
 from agents.tracking import MetricsFile, Progress, TensorBoard, Trackers, read_metrics
 from scripts.options import EnvFlags, device_of, heldout_prompts, make_env, run
-from scripts.samplers import SamplerName, VLLMFlags, longest, make_sampler
+from scripts.samplers import SamplerName, longest, make_sampler
 
 Name = Literal[
     "ppo",
@@ -78,7 +82,10 @@ class Flags:
     """Settings of the loop, which start from those that suit the algorithm, and of PPO alone, which others refuse."""
     sampler: SamplerName = "transformers"
     """What draws responses: our loop on the model that trains, continuous batching on it, or vLLM, here or served."""
-    vllm: VLLMFlags = field(default_factory=VLLMFlags)
+    vllm: VLLMConfig = field(default_factory=VLLMConfig)
+    """vLLM's engine, or that of the server that is started."""
+    servers: VLLMServerConfig = field(default_factory=VLLMServerConfig)
+    """Others' servers of vLLM, and how they are reached."""
     iterations: int = 120
     """Updates to do in all."""
     save_every: int = 10
@@ -97,9 +104,12 @@ def main(flags: Flags) -> None:
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
     torch.manual_seed(flags.ppo.seed)
-    agent, heldout = build(flags)
-    with closing(agent.sampler):
-        train(flags, console, agent, heldout)
+    try:
+        agent, heldout = build(flags)
+        with closing(agent.sampler):
+            train(flags, console, agent, heldout)
+    except (SamplerFailure, SamplerMismatch) as error:
+        sys.exit(f"error: {error}")
 
 
 def train(flags: Flags, console: Console, agent: Agent, heldout: list[Any]) -> None:
@@ -130,11 +140,16 @@ def train(flags: Flags, console: Console, agent: Agent, heldout: list[Any]) -> N
             if flags.save_every and update % flags.save_every == 0:
                 agent.save(checkpoint)
 
-        agent.learn(
-            max(0, flags.iterations - agent.updates),
-            after_update,
-            folder=flags.out if agent.config.eval_every else None,
-        )
+        try:
+            agent.learn(
+                max(0, flags.iterations - agent.updates),
+                after_update,
+                folder=flags.out if agent.config.eval_every else None,
+            )
+        except (SamplerFailure, SamplerMismatch):
+            if agent.updates:  # it is as it was before the rollout: `--resume` goes on from here
+                agent.save(checkpoint)
+            raise
     console.print(f"trained in {time.perf_counter() - start:.0f} s")
     agent.save(checkpoint)
     agent.policy.save_pretrained(policy_folder, agent.task.tokenizer)
@@ -209,10 +224,14 @@ def build(flags: Flags) -> tuple[Agent, list[Any]]:
         envs = make_env(flags.env, reference=flags.env.reference or flags.policy.model)
     task = envs.unwrapped.task
     room = longest([*task.prompts, *task.tokenize(heldout)], task.options.max_new_tokens)
-    sampler = make_sampler(flags.sampler, policy, flags.vllm, room)
-    if flags.resume:
-        return Agent.load(checkpoint, envs, sampler, eval_prompts=heldout, policy=policy), heldout
-    return Agent(policy, envs, algorithm, config, sampler, eval_prompts=heldout), heldout
+    sampler = make_sampler(flags.sampler, policy, flags.vllm, flags.servers, room)
+    try:
+        if flags.resume:
+            return Agent.load(checkpoint, envs, sampler, eval_prompts=heldout, policy=policy), heldout
+        return Agent(policy, envs, algorithm, config, sampler, eval_prompts=heldout), heldout
+    except BaseException:
+        sampler.close()
+        raise
 
 
 def _critic(flags: Flags, source: Any, algorithm: Algorithm) -> str:

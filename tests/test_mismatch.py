@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.mismatch import CorrectionLevel, correction_weights, mismatch
+from agents import PPOConfig
+from agents.mismatch import CorrectionLevel, SamplerMismatch, check_mismatch, correction_weights, mismatch
 from tests.test_exact_gradient import EXACT, World, relative_error
 
 CAP = 50.0  # above every ratio here: `gradient` asserts it
@@ -92,7 +93,7 @@ def test_whatever_stands_outside_of_the_mask_changes_nothing() -> None:
         assert torch.equal(found, correction_weights(*clean, mask, level=level)) and found.isfinite().all()
     assert mismatch(old, behavior, mask) == mismatch(*clean, mask)
     empty = mismatch(old, behavior, torch.zeros_like(mask))
-    assert [float(number) for number in empty] == [0, 0, 0, 1, 0]
+    assert [float(number) for number in empty] == [0, 0, 0, 0, 1, 0]
 
 
 def test_a_hopeless_gap_stays_finite() -> None:
@@ -101,3 +102,73 @@ def test_a_hopeless_gap_stays_finite() -> None:
     assert correction_weights(old, behavior, mask).tolist() == [[2.0, pytest.approx(math.exp(-20))]]
     assert correction_weights(old, behavior, mask, drop=True)[0, 0] == 0
     assert all(number.isfinite() for number in mismatch(old, behavior, mask))
+
+
+# The alarm: what is ordinary must pass at the default, and what is wrong must not.
+
+ALARM = PPOConfig().mismatch_alarm
+ROLLOUT = (64, 48)
+
+
+def told(gap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Trainer's and sampler's log-probs that differ by `gap`, all of which count."""
+    behavior = torch.full_like(gap, -2.0)
+    return behavior + gap, behavior, torch.ones_like(gap, dtype=torch.bool)
+
+
+def normal(size: float, shape: tuple[int, int] = ROLLOUT) -> Tensor:
+    return size * torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+
+def offset_logits() -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs of a law over 32,000 tokens, in float32 and of its logits in bfloat16, which are 8 to 40 large."""
+    generator = torch.Generator().manual_seed(3)
+    logits = 20 + 3 * torch.randn(400, 32_000, generator=generator)
+    chosen = torch.distributions.Categorical(logits=logits).logits.exp().multinomial(1, generator=generator)
+    behavior = logits.bfloat16().float().log_softmax(-1).gather(1, chosen)
+    return logits.log_softmax(-1).gather(1, chosen), behavior, torch.ones_like(chosen, dtype=torch.bool)
+
+
+def outlier(gap: float, shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    gaps = normal(0.01, shape)
+    gaps[1, 2] = gap
+    return told(gaps)
+
+
+ORDINARY: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]] = {
+    "bfloat16, small logits": lambda: told(normal(0.01)),
+    "bfloat16, a large vocabulary and large logits": offset_logits,
+    "one token far off": lambda: outlier(2.97, ROLLOUT),
+    "one token far off in a small rollout": lambda: outlier(1.66, (8, 16)),
+    "one token beyond all measure": lambda: outlier(18.0, (8, 16)),
+    "one token that the trainer thinks impossible": lambda: outlier(-30.0, (8, 16)),
+}
+WRONG: dict[str, Callable[[], tuple[Tensor, Tensor, Tensor]]] = {
+    "stale weights": lambda: told(normal(0.2)),
+    "half-synced weights": lambda: told(normal(0.3)),
+    "a stale cache of some prompts": lambda: told(torch.cat([normal(1.0, (4, 48)), torch.zeros(60, 48)])),
+    "another law altogether": lambda: told(normal(3.0)),
+    "NaN": lambda: told(torch.full(ROLLOUT, math.nan)),
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_what_is_ordinary_raises_no_alarm(name: str) -> None:
+    made = ORDINARY[name]()
+    check_mismatch(*made, ALARM)
+    if "far off" in name:  # the mean of all would have, at half the alarm
+        assert float(mismatch(*made).kl) > 5e-3
+    if "large" in name:
+        assert 1e-4 < float(mismatch(*made).kl) < 5e-3
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_raises_it(name: str) -> None:
+    with pytest.raises(SamplerMismatch, match=r"above the alarm of 0\.01"):
+        check_mismatch(*WRONG[name](), ALARM)
+
+
+def test_the_bounded_kl_is_the_kl_of_small_gaps() -> None:
+    found = mismatch(*told(normal(0.2)))
+    assert float(found.bounded_kl) == pytest.approx(float(found.kl), rel=1e-3)
+    assert float(found.kl) == pytest.approx(0.02, rel=0.1)  # nats, the least that a stale engine was seen to have

@@ -331,18 +331,17 @@ def test_groups_without_a_cache() -> None:
 # Greedy.
 
 
-def test_greedy_takes_the_most_likely_token_and_tells_the_laws_log_prob(tiny_lm: Any) -> None:
+def test_greedy_takes_the_most_likely_token_and_tells_no_log_prob(tiny_lm: Any) -> None:
     samples = _sample(tiny_lm, GROUPS, greedy=True, temperature=0.7, stop_token_ids=[3, 4], max_new_tokens=6)
     assert samples == _sample(
         tiny_lm, GROUPS, greedy=True, temperature=0.7, stop_token_ids=[3, 4], max_new_tokens=6, seed=9
     )
-    for prompt, response, logprobs in zip(GROUPS, samples.responses, samples.logprobs, strict=True):
+    assert samples.logprobs == [[]] * len(GROUPS)
+    for prompt, response in zip(GROUPS, samples.responses, strict=True):
         text = list(prompt)
-        for token, logprob in zip(response, logprobs, strict=True):
+        for token in response:
             with torch.no_grad():
-                law = torch.log_softmax(tiny_lm(torch.tensor([text])).logits[0, -1].double() / 0.7, -1)
-            assert token == int(law.argmax())
-            assert logprob == pytest.approx(float(law[token]), abs=1e-4)
+                assert token == int(tiny_lm(torch.tensor([text])).logits[0, -1].argmax())
             text.append(token)
 
 

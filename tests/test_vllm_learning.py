@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from agents.critic import build_critic
 from agents.mismatch import SamplerMismatch
 from agents.policy import ValueHeadLM
 from agents.sampling import fingerprint, named_weights
+from agents.sampling.engine import Request, RequestRefused
 from tests.agent_fixtures import even_share, make_env
 from tests.test_sampler_contract import EOS, global_states, llama, vllm_sampler, vllm_server_sampler
 
@@ -57,7 +59,7 @@ def test_it_learns_with_next_to_no_gap(agent: PPO) -> None:
     rows = agent.learn(3)
     assert max(row["sampler/kl"] for row in rows) < 1e-9 and max(row["sampler/logprob_gap"] for row in rows) < 1e-4
     rollout = agent.collect()
-    assert rollout.weights == fingerprint(named_weights(agent.policy.lm), 3)
+    assert rollout.fingerprint == fingerprint(named_weights(agent.policy.lm), 3)
 
 
 def skip_the_push(sampler: Any) -> None:
@@ -94,17 +96,44 @@ def test_a_broken_push_is_caught_within_an_iteration(agent: PPO, breakage: Any, 
 def test_a_cache_that_is_not_reset_is_caught_and_the_engine_started_again(agent: PPO, broken: str) -> None:
     agent.learn(1)
     engine: Any = agent.sampler._engine
-    told = agent.sampler._loaded.checksums
+    told = agent.sampler._loaded[1].checksums
     setattr(engine, broken, lambda *ignored: told)
     assert agent.learn(1)[0]["sampler/logprob_gap"] < 1e-4
     assert agent.sampler._engine is not engine
 
 
-def test_starting_an_engine_moves_no_global_random_state() -> None:
+def test_an_engine_in_this_process_leaves_it_as_it_was() -> None:
     lm = model()
-    before = global_states()
+    before, set_num_threads = global_states(), torch.set_num_threads
     vllm_sampler(lm).close()
     assert global_states() == before
+    assert torch.set_num_threads is set_num_threads and not torch.distributed.is_initialized()
+
+
+def test_an_engine_shares_no_process_with_somebodys_distributed_training(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"multiprocess: expected True, because .* torch\.distributed"):
+            vllm_sampler(model())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_weights_that_leave_some_out_are_no_load(agent: PPO) -> None:
+    """vLLM itself only warns of them."""
+    engine: Any = agent.sampler._engine
+    named = dict(named_weights(agent.policy.lm))
+    del named["model.layers.1.mlp.down_proj.weight"]
+    with pytest.raises(RuntimeError, match=r"got none of model\.layers\.1\.mlp\.down_proj\.weight"):
+        engine.load(named, "some")
+
+
+def test_a_refused_request_leaves_the_engine_as_good_as_before(agent: PPO) -> None:
+    engine: Any = agent.sampler._engine
+    request = Request([5] * 3, 1, 4, [], 1.0, False)
+    with pytest.raises(RequestRefused, match="vLLM refuses a request"):
+        engine.draw([request, replace(request, prompt=[5] * 600)])
+    assert [len(one.tokens) for one in engine.draw([request])] == [4]
 
 
 def test_adapters_are_merged_into_what_is_pushed() -> None:
@@ -123,7 +152,7 @@ def test_adapters_are_merged_into_what_is_pushed() -> None:
 def test_log_probs_of_another_law_are_caught_at_once() -> None:
     agent = agent_of(lambda policy: vllm_sampler(policy, more={"logprobs_mode": "raw_logprobs"}))
     before = fingerprint(named_weights(agent.policy.lm), 0)
-    with pytest.raises(SamplerMismatch, match=r"nats per token \(KL\) from the trainer's"):
+    with pytest.raises(SamplerMismatch, match=r"nats per token \(bounded KL\) from the trainer's"):
         agent.learn(1)
     assert fingerprint(named_weights(agent.policy.lm), 0) == before
     agent.sampler.close()

@@ -19,20 +19,21 @@ class Samples:
     responses: list[list[int]]
     """The ids chosen, a stop token included."""
     logprobs: list[list[float]]
-    """log π of each of them at the sampling temperature, softmax in float32."""
+    """log π of each of them at the sampling temperature, softmax in float32; of greedy responses none, empty rows."""
     finish_reasons: list[FinishReason]
     """STOP or LENGTH; a stop token as the last one allowed is STOP."""
-    weights: Fingerprint | None = None
-    """What drew them; None where nothing was ever pushed."""
+    fingerprint: Fingerprint | None = None
+    """Of the weights that drew them; None where nothing was ever pushed."""
 
     def __post_init__(self) -> None:
         """Check that the three agree.
 
         Raises:
-            ValueError: If they do not have one entry per prompt, or log-probs are not one per token.
+            ValueError: If they do not have one entry per prompt, or log-probs are not one per token, or none at all.
         """
         counts = {len(self.responses), len(self.logprobs), len(self.finish_reasons)}
-        if len(counts) != 1 or any(len(r) != len(p) for r, p in zip(self.responses, self.logprobs, strict=True)):
+        told = any(self.logprobs)
+        if len(counts) != 1 or any(len(p) != told * len(r) for r, p in zip(self.responses, self.logprobs, strict=True)):
             raise ValueError(
                 "responses, logprobs and finish_reasons must have one entry per prompt, logprobs per token"
             )
@@ -59,12 +60,13 @@ class Sampler(Protocol):
             stop_token_ids: A response ends with the first of these that is chosen; what prompts hold does not matter.
             temperature: Positive.
             seed: The same seed gives the same samples; no global random state is read or moved.
-            greedy: Take the most likely token at each place instead; the log-probs told are still those of the law.
+            greedy: Take the most likely token at each place instead. No log-probs are told: they are drawn from no law,
+                and an engine would have to send those of the whole vocabulary.
         """
         ...
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Sample from these weights from now on, and tell of them in `Samples.weights`.
+        """Sample from these weights from now on, and tell of them in `Samples.fingerprint`.
 
         Args:
             weights: Of the language model alone, under the names of its checkpoint (`agents.sampling.named_weights`).

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from agents.checks import at_least
 from agents.sampling.random_states import kept_random_states
 from agents.sampling.transformers_sampler import Row, TransformersSampler
 from textenv.models import unwrap
@@ -17,28 +21,30 @@ _PAGE = 64
 
 
 class ContinuousSampler(TransformersSampler):
-    """Draws by `generate_batch` of transformers: paged keys and values, rows that end make room for others at once.
+    """Draws by `generate_batch` of transformers: pages of keys and values that rows which end leave to others.
 
     It has one seed for a call, so a row's draws depend on all of them; greedy responses are the parent's.
     The global random states are after each call what they were before, and the model's mode too.
     """
 
-    def __init__(self, policy: Any, *, max_batch_tokens: int = 1024) -> None:
+    def __init__(self, policy: Any, *, max_rows: int = 64, max_batch_tokens: int = 1024) -> None:
         """Sample from `policy`.
 
         Args:
             policy: A `ValueHeadLM`, a Hugging Face causal LM, or a PEFT model around one.
+            max_rows: For how many of the longest responses there is memory for keys and values: at least so many are in
+                work at once, and more while they are short.
             max_batch_tokens: Most tokens of one forward, prompts and new ones together.
 
         Raises:
-            ValueError: If `max_batch_tokens` is not positive, or the model cannot be paged.
+            ValueError: If a limit is not positive, or the model cannot be paged.
         """
-        if max_batch_tokens < 1:
-            raise ValueError(f"max_batch_tokens: expected a positive number, got {max_batch_tokens}")
+        at_least("max_rows", max_rows, 1)
+        at_least("max_batch_tokens", max_batch_tokens, 1)
         super().__init__(policy)
         if not hasattr(unwrap(self._model), "generate_batch"):
             raise ValueError(f"policy: expected a model with generate_batch, got {type(unwrap(self._model)).__name__}")
-        self._max_batch_tokens = max_batch_tokens
+        self._max_rows, self._max_batch_tokens = max_rows, max_batch_tokens
 
     def _rows(
         self,
@@ -54,7 +60,7 @@ class ContinuousSampler(TransformersSampler):
         base = unwrap(self._model)
         training = base.training
         try:
-            with kept_random_states(), torch.no_grad():
+            with kept_random_states(), torch.no_grad(), _autocast_anywhere(base):
                 found = self._generate(base, prompts, max_new_tokens, stop_token_ids, temperature, seed)
         finally:
             base.train(training)
@@ -73,13 +79,13 @@ class ContinuousSampler(TransformersSampler):
         from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
         longest = max(len(prompt) for prompt in prompts) + max_new_tokens
-        pages = len(prompts) * (math.ceil(longest / _PAGE) + 1)
+        rows = min(len(prompts), self._max_rows)
         batching = ContinuousBatchingConfig(
             return_logprobs=True,
             seed=seed,
             page_size=_PAGE,
-            num_blocks=pages,
-            max_batch_tokens=max(self._max_batch_tokens, len(prompts)),
+            num_blocks=rows * (math.ceil(longest / _PAGE) + 1),
+            max_batch_tokens=max(self._max_batch_tokens, rows),
             allow_block_sharing=False,  # shared blocks outlive a change of the weights
         )
         law = GenerationConfig(
@@ -97,6 +103,40 @@ class ContinuousSampler(TransformersSampler):
         if len(results) != len(prompts):
             raise RuntimeError(f"expected {len(prompts)} responses, got {len(results)}")
         return list(results.values())
+
+
+@contextmanager
+def _autocast_anywhere(model: Any) -> Iterator[None]:
+    """Give the model's forward the autocast of here: it is a thread's own, and transformers generates in another."""
+    kind = next(model.parameters()).device.type
+    scope = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+    forward = model.forward
+
+    @wraps(forward)  # transformers looks at its arguments
+    def under_autocast(*args: Any, **options: Any) -> Any:
+        with torch.autocast(kind, **scope), _cast_into(options["cache"], model.dtype):
+            return forward(*args, **options)
+
+    model.forward = under_autocast
+    try:
+        yield
+    finally:
+        del model.forward
+
+
+@contextmanager
+def _cast_into(cache: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Let a cache of the model's dtype take keys and values of autocast's."""
+    update = cache.update
+
+    def cast(key_states: Tensor, value_states: Tensor, **places: Any) -> tuple[Tensor, Tensor]:
+        return update(key_states=key_states.to(dtype), value_states=value_states.to(dtype), **places)
+
+    cache.update = cast
+    try:
+        yield
+    finally:
+        del cache.update
 
 
 def _row(output: Any, stops: set[int], max_new_tokens: int) -> Row:

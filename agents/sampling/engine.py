@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from agents.policy import ValueHeadLM
 from agents.sampling.base import Samples, check_request
-from agents.sampling.sync import Fingerprint, named_weights
+from agents.sampling.names import check_pushable, named_weights, weight_names
+from agents.sampling.sync import Fingerprint
 from textenv.models import context_length, logit_width, unwrap
 from textenv.types import FinishReason
 
@@ -43,27 +45,40 @@ class Drawn:
     tokens: list[int]
     """Its stop token included."""
     logprobs: list[float]
-    """Of each, under softmax(logits / temperature)."""
-    version: str
+    """Of each, under softmax(logits / temperature); none if it is greedy."""
+    label: str
     """Of the weights that drew all of it, as the engine says."""
     cached_tokens: int = 0
-    """How much of the prompt was found in the engine's prefix cache."""
+    """How much of the prompt was found in a prefix cache."""
+    cache: int = 0
+    """Which of the engine's prefix caches, where it has several."""
 
 
 class Engine(Protocol):
     """Something that draws, with weights that are given to it."""
 
-    def load(self, weights: Mapping[str, Tensor], version: str) -> Mapping[str, int]:
-        """Take weights, forget whatever was computed with others, and tell the checksums of what arrived."""
+    def load(self, weights: Mapping[str, Tensor], label: str) -> Mapping[str, int]:
+        """Take weights, forget whatever was computed with others, and tell the checksums of what arrived.
+
+        What is drawn bears the label from when all of it is in; until then, no label that was ever given.
+        """
         ...
 
     def draw(self, requests: Sequence[Request]) -> list[Drawn]:
-        """One response a request, in their order."""
+        """One response a request, in their order.
+
+        Raises:
+            RequestRefused: If it takes no such request, and is as good as before. Any other error is a failure.
+        """
         ...
 
     def close(self) -> None:
         """Give back memory and processes."""
         ...
+
+
+class RequestRefused(ValueError):
+    """The engine takes no such request; nothing is wrong with it, and another one would not take it either."""
 
 
 class SamplerFailure(RuntimeError):
@@ -85,15 +100,25 @@ class EngineSampler:
                 was pushed last; a rebuilt engine gets the policy's weights as they are then.
             start: Makes an engine, each time that it is called.
             max_model_len: Longest prompt and response together; None: the model's context.
+
+        Raises:
+            ValueError: If an engine would misread the model's weights (`agents.sampling.names.check_pushable`).
+            SamplerFailure: If it cannot be started, twice.
         """
         self._model = policy.lm if isinstance(policy, ValueHeadLM) else policy
         self._start = start
         limits = [limit for limit in (max_model_len, context_length(unwrap(self._model).config)) if limit]
         self._context = min(limits) if limits else None
-        self._names = frozenset(name for name, _ in named_weights(self._model))
-        self._loaded, self._fresh = Fingerprint(-1, {}), True
+        check_pushable(self._model)
+        self._names = frozenset(weight_names(self._model))
+        self._loaded: tuple[str, Fingerprint] | None = None
+        self._fresh = True
         self._engine: Engine | None = None
-        self.push(named_weights(self._model), 0)
+        try:
+            self.push(named_weights(self._model), 0)
+        except BaseException:
+            self.close()
+            raise
 
     def sample(
         self,
@@ -108,7 +133,7 @@ class EngineSampler:
         """Draw one response per prompt; see `agents.sampling.base.Sampler.sample`.
 
         Raises:
-            ValueError: As `TransformersSampler.sample`, or for what the engine refuses.
+            ValueError: As `TransformersSampler.sample`; a `RequestRefused` for what the engine refuses.
             SamplerFailure: If the engine fails, is rebuilt and fails again.
         """
         width = logit_width(self._model)
@@ -118,8 +143,7 @@ class EngineSampler:
             Request(list(prompt), row_seed, max_new_tokens, stops, temperature, greedy)
             for prompt, row_seed in zip(prompts, row_seeds(seed, len(prompts)), strict=True)
         ]
-        # A request that the engine refuses is no failure of the engine.
-        return self._trying("draw", lambda engine: self._draw(engine, requests), refusal=ValueError)
+        return self._trying("draw", lambda engine: self._draw(engine, requests))
 
     def push(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Sample from these weights from now on; see `agents.sampling.base.Sampler.push`.
@@ -143,17 +167,21 @@ class EngineSampler:
         if engine is not None:
             engine.close()
 
-    def _trying(self, what: str, work: Callable[[Engine], Any], refusal: type[Exception] | tuple[()] = ()) -> Any:
+    def _trying(self, what: str, work: Callable[[Engine], Any]) -> Any:
         """Do it, and once more on a new engine if that failed."""
         try:
             return work(self._engine or self._rebuild())
-        except refusal:
+        except RequestRefused:
             raise
         except Exception as error:
             first = error
         try:
             return work(self._rebuild())
+        except RequestRefused:
+            raise
         except Exception as error:
+            with suppress(Exception):
+                self.close()
             raise SamplerFailure(
                 f"the engine could not {what} ({_said(first)}), was started again and failed again ({_said(error)}); "
                 "nothing was learnt since the last update, and the last checkpoint is whole"
@@ -161,37 +189,45 @@ class EngineSampler:
 
     def _rebuild(self) -> Engine:
         """Another engine, with the policy's weights."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            with suppress(Exception):  # it is broken already: what failed first is what will be told
+        with suppress(Exception):  # it is broken already: what failed first is what will be told
+            self.close()
+        engine = self._start()
+        try:
+            if self._loaded is not None:
+                self._load(engine, dict(named_weights(self._model)), self._loaded[1].version)
+        except BaseException:
+            with suppress(Exception):
                 engine.close()
-        self._engine = self._start()
-        if self._loaded.version >= 0:
-            self._load(self._engine, dict(named_weights(self._model)), self._loaded.version)
-        return self._engine
+            raise
+        self._engine = engine
+        return engine
 
     def _load(self, engine: Engine, named: Mapping[str, Tensor], version: int) -> None:
-        arrived = engine.load(named, str(version))
-        self._loaded, self._fresh = Fingerprint(version, dict(arrived)), True
+        # One label a load: weights that anybody else gave to the engine, of the same version or not, bear another.
+        label = f"{version}-{secrets.token_hex(8)}"
+        arrived = engine.load(named, label)
+        self._loaded, self._fresh = (label, Fingerprint(version, dict(arrived))), True
 
     def _draw(self, engine: Engine, requests: Sequence[Request]) -> Samples:
+        assert self._loaded is not None
+        label, loaded = self._loaded
         drawn = engine.draw(requests) if requests else []
         if len(drawn) != len(requests):
             raise RuntimeError(f"expected {len(requests)} responses, got {len(drawn)}")
-        if self._fresh:
-            check_prefixes([request.prompt for request in requests], [one.cached_tokens for one in drawn])
-            self._fresh = False
+        others = sorted({one.label for one in drawn} - {label})
+        if others:
+            raise RuntimeError(f"expected responses of the weights {label}, got some of {', '.join(others)}")
         for request, one in zip(requests, drawn, strict=True):
             _check_response(request, one)
-        versions = {one.version for one in drawn} or {str(self._loaded.version)}
-        if len(versions) != 1:
-            raise RuntimeError(f"expected responses of one version of the weights, got {', '.join(sorted(versions))}")
+        if self._fresh and requests:
+            check_prefixes(requests, drawn)
+            self._fresh = False
         stops = set(requests[0].stop_token_ids) if requests else set()
         return Samples(
             [one.tokens for one in drawn],
             [one.logprobs for one in drawn],
             [FinishReason.STOP if one.tokens[-1] in stops else FinishReason.LENGTH for one in drawn],
-            Fingerprint(int(versions.pop()), self._loaded.checksums),
+            loaded,
         )
 
 
@@ -204,31 +240,29 @@ def row_seeds(seed: int, rows: int) -> list[int]:
     return [int(number >> 1) for number in np.random.SeedSequence(seed).generate_state(rows, np.uint64)]
 
 
-def check_prefixes(prompts: Sequence[Sequence[int]], cached: Sequence[int]) -> None:
+def check_prefixes(requests: Sequence[Request], drawn: Sequence[Drawn]) -> None:
     """Refuse a first batch after new weights that found prompts in a cache from before them.
 
-    What one request finds, another of the same batch must have computed.
+    What one request finds, another of the same batch must have computed, as its prompt or its response.
 
     Args:
-        prompts: Of the batch.
-        cached: How many tokens of each were found.
+        requests: Of the batch.
+        drawn: Their responses.
 
     Raises:
         RuntimeError: If nobody has.
-
-    >>> check_prefixes([[1, 2, 3], [1, 2, 4]], [0, 2])
-    >>> check_prefixes([[1, 2, 3], [1, 2, 4]], [2, 2])
-    Traceback (most recent call last):
-    ...
-    RuntimeError: 2 tokens of prompt 0 came from a prefix cache of earlier weights: it was not reset
     """
+    lengths = {one.cached_tokens for one in drawn} - {0}
     least: dict[tuple[int, ...], int] = {}
-    for prompt, found in zip(prompts, cached, strict=True):
-        for length in {count for count in cached if 0 < count <= len(prompt)}:
-            prefix = tuple(prompt[:length])
-            least[prefix] = min(least.get(prefix, found), found)
-    for row, (prompt, found) in enumerate(zip(prompts, cached, strict=True)):
-        if found and least[tuple(prompt[:found])] >= found:
+    for request, one in zip(requests, drawn, strict=True):
+        ids = request.prompt + one.tokens
+        for length in lengths:
+            if length <= len(ids):
+                prefix = (one.cache, *ids[:length])
+                least[prefix] = min(least.get(prefix, one.cached_tokens), one.cached_tokens)
+    for row, (request, one) in enumerate(zip(requests, drawn, strict=True)):
+        found = one.cached_tokens
+        if found and least.get((one.cache, *request.prompt[:found]), found) >= found:
             raise RuntimeError(
                 f"{found} tokens of prompt {row} came from a prefix cache of earlier weights: it was not reset"
             )
@@ -238,10 +272,11 @@ def _check_response(request: Request, drawn: Drawn) -> None:
     tokens, stops = drawn.tokens, set(request.stop_token_ids)
     ended = bool(tokens) and tokens[-1] in stops
     whole = ended or len(tokens) == request.max_new_tokens
-    if not whole or len(tokens) > request.max_new_tokens or len(drawn.logprobs) != len(tokens):
+    told = 0 if request.greedy else len(tokens)
+    if not whole or len(tokens) > request.max_new_tokens or len(drawn.logprobs) != told:
         raise RuntimeError(
-            f"expected {request.max_new_tokens} tokens or a stop token, each with its log-prob, got {len(tokens)} "
-            f"tokens and {len(drawn.logprobs)} log-probs"
+            f"expected {request.max_new_tokens} tokens or a stop token, each with its log-prob unless it is greedy, "
+            f"got {len(tokens)} tokens and {len(drawn.logprobs)} log-probs"
         )
     if any(token in stops for token in tokens[:-1]):
         raise RuntimeError("expected a response to end with its first stop token, got one that goes on")

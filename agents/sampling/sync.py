@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from agents.mismatch import SamplerMismatch
-from textenv.models import unwrap
+from agents.sampling.names import full_precision, named_weights
+from agents.weights import held_weights, weights_stamp
 
 _ROW, _SLAB = 2**12, 2**20
 _MODULUS = 2**64
@@ -38,32 +39,36 @@ class WeightSync:
     def push(self, sampler: Any, model: Any, version: int) -> Fingerprint:
         """Give a sampler the model's present weights, unless it was the last to get these.
 
+        Every bit is read each time: a write into `p.data` leaves no other trace.
+
         Returns:
             Which these are, to be compared with what the samples say (`check_synced`).
         """
-        weights = fingerprint(named_weights(model), version)
-        if self._pushed is None or self._pushed[0] is not sampler or self._pushed[1] != weights:
+        with full_precision(model):
+            found = fingerprint(named_weights(model), version)
+            _latest[model] = weights_stamp(model), held_weights(model), found.checksums
+        if self._pushed is None or self._pushed[0] is not sampler or self._pushed[1] != found:
+            self._pushed = None  # a push that fails leaves the sampler with nobody knows what
             sampler.push(named_weights(model), version)
-            self._pushed = sampler, weights
-        return weights
+            self._pushed = sampler, found
+        return found
 
 
-def named_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """A language model's weights under the names of its checkpoint, adapters merged into them; tied ones once.
+_latest: WeakKeyDictionary[nn.Module, tuple[Any, list[Tensor], Mapping[str, int]]] = WeakKeyDictionary()
+"""What a trainer read last of a model: its stamp then, what keeps that valid, and the checksums."""
 
-    Args:
-        model: A Hugging Face causal LM, or a PEFT model around one: its own weights stay apart, what comes is a copy.
+
+def live_fingerprint(model: Any, version: int) -> Fingerprint:
+    """As `fingerprint`, of a model that a sampler shares with its trainer: read if it changed since the trainer did.
+
+    Changes are seen as `agents.weights.weights_stamp` sees them: not those through `p.data`, which the trainer's next
+    reading finds.
     """
-    base = unwrap(model)
-    adapted = {name: module for name, module in base.named_modules() if _is_adapted(module)}
-    for name, module in adapted.items():
-        yield from _merged(name, module)
-    seen: set[Tensor] = set()
-    for name, parameter in base.named_parameters():
-        inside = any(name.startswith(f"{place}.") for place in adapted)
-        if not inside and parameter not in seen:
-            seen.add(parameter)
-            yield name, parameter.detach()
+    with full_precision(model):
+        known = _latest.get(model)
+        if known is not None and known[0] == weights_stamp(model):
+            return Fingerprint(version, known[2])
+        return fingerprint(named_weights(model), version)
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]], version: int) -> Fingerprint:
@@ -118,19 +123,6 @@ def check_synced(ours: Fingerprint, theirs: Fingerprint | None) -> None:
 
 def _same(name: str, ours: Fingerprint, theirs: Fingerprint) -> bool:
     return ours.checksums.get(name) == theirs.checksums.get(name)
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    return hasattr(module, "base_layer") and hasattr(module, "merge")
-
-
-def _merged(name: str, module: Any) -> Iterator[tuple[str, Tensor]]:
-    """The weights of one adapted layer as merged: in a copy, because unmerging would round the layer's own."""
-    if not module.merged and not module.disable_adapters:
-        module = copy.deepcopy(module)
-        module.merge()
-    for own, parameter in module.get_base_layer().named_parameters():
-        yield f"{name}.{own}", parameter.detach()
 
 
 @cache

@@ -12,7 +12,7 @@ from agents.policy import ValueHeadLM
 from agents.sampling.base import Samples, check_request
 from agents.sampling.draw import draw
 from agents.sampling.fixed import fixed_decode
-from agents.sampling.sync import fingerprint, named_weights
+from agents.sampling.sync import live_fingerprint
 from textenv.decoders import row_decoder
 from textenv.models import backbone, context_length, logit_width, output_head, unwrap
 from textenv.recompute import Decoder, RecomputeDecoder
@@ -70,8 +70,9 @@ class TransformersSampler:
         context = context_length(unwrap(self._model).config)
         check_request(prompts, max_new_tokens, stop_token_ids, temperature, width, context)
         rows = self._rows(prompts, max_new_tokens, stop_token_ids, temperature, seed, greedy)
-        weights = None if self._version is None else fingerprint(named_weights(self._model), self._version)
-        return Samples([row[0] for row in rows], [row[1] for row in rows], [row[2] for row in rows], weights)
+        logprobs = [[] if greedy else row[1] for row in rows]
+        found = None if self._version is None else live_fingerprint(self._model, self._version)
+        return Samples([row[0] for row in rows], logprobs, [row[2] for row in rows], found)
 
     def _rows(
         self,

@@ -15,17 +15,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from agents.policy import ValueHeadLM
-from agents.sampling.engine import Drawn, EngineSampler, Request
+from agents.sampling.engine import Drawn, EngineSampler, Request, RequestRefused
 from agents.sampling.random_states import kept_random_states
+from agents.sampling.vllm_config import VLLMConfig
 from agents.sampling.vllm_terms import (
-    VLLMConfig,
-    at_temperature,
     check_version,
     engine_options,
-    one_version,
+    one_label,
+    same_everywhere,
     sampling_params,
     save_description,
     weight_file,
@@ -44,9 +45,12 @@ class VLLMSampler(EngineSampler):
 
         Raises:
             ImportError: If vLLM is not installed, or in a version that this was not written for.
+            ValueError: As `EngineSampler`; or if the engine would share this process with somebody's torch.distributed.
         """
         check_version()
         config = config or VLLMConfig()
+        if not config.multiprocess:
+            _check_alone()
         model = policy.lm if isinstance(policy, ValueHeadLM) else policy
         super().__init__(policy, lambda: VLLMEngine(model, config), max_model_len=config.max_model_len)
 
@@ -69,11 +73,11 @@ class VLLMEngine:
             save_description(model, folder)
             self.llm: Any = LLM(model=folder, **engine_options(model, config))
 
-    def load(self, weights: Mapping[str, Tensor], version: str) -> Mapping[str, int]:
+    def load(self, weights: Mapping[str, Tensor], label: str) -> Mapping[str, int]:
         """See `Engine.load`."""
         with kept_random_states():
-            told = self._watched(lambda: self._load(weights, version))
-        return {name: int(number) for rank in told for name, number in rank.items()}
+            told = self._watched(lambda: self._load(weights, label))
+        return same_everywhere(told, "engine's ranks")
 
     def reset(self) -> None:
         """Forget keys and values of prompts."""
@@ -92,22 +96,29 @@ class VLLMEngine:
         del self.llm
         gc.collect()
 
-    def _load(self, weights: Mapping[str, Tensor], version: str) -> list[dict[str, str]]:
-        self._wake()
+    def _load(self, weights: Mapping[str, Tensor], label: str) -> list[dict[str, str]]:
+        self._wake("weights")  # room for keys and values may not be there until those of the trainer are gone
+        self.llm.update_weight_version(f"loading {label}")
         told = self._send(weights)
+        self._wake("kv_cache")
         self.reset()
-        self.llm.update_weight_version(version)
+        self.llm.update_weight_version(label)
         return told
 
     def _generate(self, requests: Sequence[Request]) -> list[Any]:
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.exceptions import VLLMClientError  # pyright: ignore[reportMissingImports]
 
-        self._wake()
-        outputs = self.llm.generate(
-            [{"prompt_token_ids": request.prompt} for request in requests],
-            [SamplingParams(**sampling_params(request)) for request in requests],
-            use_tqdm=False,
-        )
+        asked = [sampling_params(request) for request in requests]
+        self._wake("weights", "kv_cache")
+        try:
+            outputs = self.llm.generate(
+                [{"prompt_token_ids": request.prompt} for request in requests],
+                [SamplingParams(**params) for params in asked],
+                use_tqdm=False,
+            )
+        except VLLMClientError as error:
+            raise RequestRefused(f"vLLM refuses a request: {error}") from error
         if self.config.sleep:
             self.llm.sleep(level=1)
         return outputs
@@ -150,29 +161,40 @@ class VLLMEngine:
         with weight_file(weights) as path:
             return self.llm.collective_rpc("receive_weights", kwargs={"path": str(path)})
 
-    def _wake(self) -> None:
+    def _wake(self, *what: str) -> None:
         if self.config.sleep and self.llm.llm_engine.is_sleeping():
-            self.llm.wake_up()
+            self.llm.wake_up(tags=list(what))
 
 
 def _drawn(request: Request, output: Any) -> Drawn:
     (one,) = output.outputs
     tokens = list(one.token_ids)
-    places = [{token: entry.logprob for token, entry in place.items()} for place in one.logprobs]
-    version = one_version(span.version for span in one.weight_versions or ())
-    return Drawn(tokens, at_temperature(request, tokens, places), version, output.num_cached_tokens or 0)
+    places = [] if request.greedy else zip(tokens, one.logprobs, strict=True)
+    label = one_label(span.version for span in one.weight_versions or ())
+    return Drawn(tokens, [place[token].logprob for token, place in places], label, int(output.num_cached_tokens))
+
+
+def _check_alone() -> None:
+    """An engine in this process takes torch.distributed as it finds it, and ends it when it ends."""
+    from vllm.distributed.parallel_state import (  # pyright: ignore[reportMissingImports]
+        model_parallel_is_initialized,
+    )
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and not model_parallel_is_initialized():
+        raise ValueError("multiprocess: expected True, because this process uses torch.distributed, got False")
 
 
 @contextmanager
 def _environment(multiprocess: bool) -> Iterator[None]:
-    """What vLLM reads when it starts, and the variables that it sets in this process taken back."""
-    before = dict(os.environ)
+    """What vLLM reads when it starts, and what it sets in this process taken back."""
+    before, set_num_threads = dict(os.environ), torch.set_num_threads
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocess))
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of all that was switched off on purpose
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     try:
         yield
     finally:
+        torch.set_num_threads = set_num_threads  # on a CPU it puts one there that does nothing
         for name in os.environ.keys() - before.keys():
             del os.environ[name]
         os.environ.update(before)

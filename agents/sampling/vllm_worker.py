@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ class WeightReceiver:
 
         Returns:
             `agents.sampling.sync.checksum` of each tensor as it went in, as decimals.
+
+        Raises:
+            RuntimeError: If a weight of the engine's model got nothing.
         """
         arrived: dict[str, str] = {}
 
@@ -34,9 +38,32 @@ class WeightReceiver:
                 arrived[name] = str(checksum(tensor))
                 yield name, tensor
 
-        self.reload_weights(weights_iterator=passing())  # type: ignore[attr-defined]
-        _repack_heads(self.model_runner.get_model())
+        model = self.model_runner.get_model()
+        wanted = {name for name, _ in model.named_parameters()}
+        with _noting_loaded(model) as loaded:
+            self.reload_weights(weights_iterator=passing())  # type: ignore[attr-defined]
+        missing = sorted(wanted - loaded)
+        if missing:
+            raise RuntimeError(f"weights: expected all of the engine's model, got none of {', '.join(missing[:3])}")
+        _repack_heads(model)
         return arrived
+
+
+@contextmanager
+def _noting_loaded(model: Any) -> Iterator[set[str]]:
+    """The names of the model's own weights that it has loaded, of which vLLM itself only warns."""
+    load, loaded = model.load_weights, set[str]()
+
+    def noting(weights: Iterable[tuple[str, Tensor]]) -> Any:
+        found = load(weights)
+        loaded.update(found)
+        return found
+
+    model.load_weights = noting
+    try:
+        yield loaded
+    finally:
+        del model.load_weights
 
 
 def _read(path: str) -> Iterator[tuple[str, Tensor]]:

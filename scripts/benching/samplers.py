@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from agents.sampling import TransformersSampler, named_weights
+from agents.sampling import TransformersSampler
 from agents.sampling.continuous_sampler import ContinuousSampler
+from agents.sampling.sync import WeightSync, check_synced
 from scripts.benching.models import Shape, llama
 from scripts.benching.timing import Competitor, measure
 
@@ -27,7 +28,8 @@ _TEXT = """## Samplers
 
 {rows} prompts of {prompt} tokens, a random Llama of 4.7M parameters (heads 32 wide, float32); *equal*: {equal} tokens
 each; *ragged*: each token ends the response with probability 1/50, at most {ragged} tokens. Tokens per second of
-wall-clock time, because some samplers work in other processes; one thread each. *push*: giving it new weights.
+wall-clock time, because some samplers work in other processes; one thread each. *push*: what each rollout pays for its
+proof, with new weights: reading the trainer's, giving them to a sampler that has its own, and comparing.
 
 """
 
@@ -45,7 +47,7 @@ class SamplerTiming:
     wall_seconds: tuple[float, ...]
     """Of each call."""
     push_seconds: tuple[float, ...]
-    """Of each push."""
+    """Of each push with its proof."""
 
     @property
     def speeds(self) -> list[float]:
@@ -58,13 +60,14 @@ def samplers() -> dict[str, Callable[[Any], Any]]:
     found: dict[str, Callable[[Any], Any]] = {"transformers": TransformersSampler, "continuous": ContinuousSampler}
     if find_spec("vllm") is None:
         return found
-    from agents.sampling.vllm_sampler import VLLMConfig, VLLMSampler
-    from agents.sampling.vllm_server import VLLMServerConfig, VLLMServerSampler
+    from agents.sampling.vllm_config import VLLMConfig
+    from agents.sampling.vllm_sampler import VLLMSampler
+    from agents.sampling.vllm_server import VLLMServerSampler
 
     config = VLLMConfig(max_model_len=PROMPT + RAGGED, max_num_seqs=ROWS)
     found["vllm"] = lambda model: VLLMSampler(model, config)
     found["vllm process"] = lambda model: VLLMSampler(model, replace(config, multiprocess=True))
-    found["vllm server"] = lambda model: VLLMServerSampler(model, VLLMServerConfig(engine=config))
+    found["vllm server"] = lambda model: VLLMServerSampler(model, engine=config)
     return found
 
 
@@ -124,9 +127,15 @@ def _measured(
 
 
 def _pushes(sampler: Any, model: Any, rounds: int) -> tuple[float, ...]:
-    seconds = []
+    """Of new weights, as an agent pushes them; `_measured` pushes none, so that it times the drawing alone."""
+    seconds, sync = [], WeightSync()
     for version in range(rounds):
+        with torch.no_grad():
+            next(model.parameters()).add_(1e-3)
         start = time.perf_counter()
-        sampler.push(named_weights(model), version + 1)
+        trained = sync.push(sampler, model, version + 1)
+        # Of no prompt: what is left is the sampler's own share of the proof.
+        drawn = sampler.sample([], max_new_tokens=1, stop_token_ids=[], temperature=1.0, seed=0)
+        check_synced(trained, drawn.fingerprint)
         seconds.append(time.perf_counter() - start)
     return tuple(seconds)
