@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import env_fixtures as fixtures
 import numpy as np
 import pytest
 
-from textenv import PromptStream
+from textenv import MixedPromptStream, PromptMixture, PromptStream, Shared, TextEnv
 from textenv.prompts import read_prompts, tokenize_prompts
 
 V = fixtures.VOCAB
@@ -34,9 +35,7 @@ def test_lists_iterators_and_datasets() -> None:
     assert read_prompts(row for row in ("ax", "by")) == ["ax", "by"]
     datasets = pytest.importorskip("datasets")
     assert read_prompts(datasets.Dataset.from_dict({"prompt": ["ax", "by"]})) == ["ax", "by"]
-    with pytest.raises(
-        ValueError, match="prompts: expected a dataset with a column 'prompt', got columns \\['text'\\]"
-    ):
+    with pytest.raises(ValueError, match=r"prompts: columns: expected \['prompt'\] in the dataset, got \['text'\]"):
         read_prompts(datasets.Dataset.from_dict({"text": ["ax"]}))
 
 
@@ -54,11 +53,11 @@ def test_a_long_prompt_is_cut_on_the_left_when_asked() -> None:
 
 BAD_SOURCES: list[tuple[Any, str]] = [
     ([], "prompts: expected at least one prompt, got none from \\[\\]"),
-    ("ax by", "prompts: expected a list, a dataset, or a .txt or .jsonl file, got 'ax by'"),
-    (5, "prompts: expected a list, a dataset, or a .txt or .jsonl file, got 5"),
-    ({"prompt": ["ax"]}, "prompts: expected a list, a dataset, or a .txt or .jsonl file, got {'prompt'"),
-    ("nowhere/p.txt", "prompts: expected a readable text file, got 'nowhere/p.txt' .*No such file"),
-    (Path("p.csv"), "prompts: expected a .txt or .jsonl file, got 'p.csv'"),
+    ("ax by", "prompts: expected a list, a dataset, or a .*.parquet file, got 'ax by'"),
+    (5, "prompts: expected a list, a dataset, or a .*.parquet file, got 5"),
+    ({"prompt": ["ax"]}, "prompts: expected a list, a dataset, or a .*.parquet file, got {'prompt'"),
+    ("nowhere/p.txt", r"prompts: nowhere/p.txt: expected a readable file, got No such file"),
+    (Path("p.doc"), "prompts: expected a list, a dataset, or a .* file, got p.doc"),
 ]
 
 
@@ -71,9 +70,9 @@ def test_bad_sources(source: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{oops", r"prompts: expected JSON at .*p.jsonl:3, got '{oops' \(Expecting property name"),
-        ("7", r"prompts: expected text, ids, or an object with 'prompt' at .*p.jsonl:3, got 7"),
-        ('{"text": "ax"}', r"an object with 'prompt' at .*p.jsonl:3, got {'text': 'ax'}"),
+        ("{oops", r"prompts: .*p.jsonl:3: expected JSON, got '{oops' \(Expecting property name"),
+        ("7", r"prompts: .*p.jsonl:3: expected text, ids, messages, or an object with 'prompt', got 7"),
+        ('{"text": "ax"}', r"p.jsonl:3: .* or an object with 'prompt', got {'text': 'ax'}"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_line(tmp_path: Path, line: str, message: str) -> None:
@@ -111,32 +110,145 @@ def test_text_needs_a_tokenizer() -> None:
         tokenize_prompts(["ax"], None, vocab_size=V)
 
 
-def test_a_stream_is_epochs_without_repetition() -> None:
-    stream = PromptStream(5, seed=3)
-    drawn = stream.take(20)
-    assert all(sorted(drawn[i : i + 5]) == [0, 1, 2, 3, 4] for i in range(0, 20, 5))
-    assert len({tuple(drawn[i : i + 5]) for i in range(0, 20, 5)}) > 1
-    assert drawn != PromptStream(5, seed=4).take(20)
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_a_column_of_any_file(tmp_path: Path, suffix: str) -> None:
+    path, rows = tmp_path / f"p.{suffix}", [{"q": "ax, by", "n": "1"}, {"q": 'c"z\nd', "n": "2"}]
+    if suffix == "parquet":
+        arrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(arrow.Table.from_pylist(rows), path)
+    elif suffix.startswith("json"):
+        path.write_text(json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows)))
+    else:
+        lines = [["q", "n"], ['"ax, by"', "1"], ['"c""z\nd"', "2"]]
+        path.write_text("\n".join(("," if suffix == "csv" else "\t").join(line) for line in lines))
+    assert read_prompts(path, column="q") == ["ax, by", 'c"z\nd']
+    assert read_prompts(rows, column="q") == ["ax, by", 'c"z\nd']
 
 
-def test_a_stream_does_not_depend_on_how_it_is_taken() -> None:
-    parts = PromptStream(5, seed=3, group=2)
-    assert [i for n in (1, 4, 7, 3) for i in parts.take(n)] == PromptStream(5, seed=3, group=2).take(15)
+def test_a_row_without_a_prompt_may_be_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "ax"}\n{"prompt": 3}\n{oops\n"by"\n')
+    told: list[str] = []
+    assert read_prompts(path, strict=False, tell=told.append) == ["ax", "by"]
+    assert told == [
+        f"{path}: skipped 2 of 4 rows; the first: {path}:2: expected text, ids, messages, or an object with 'prompt', "
+        "got {'prompt': 3}"
+    ]
 
 
-def test_groups_repeat() -> None:
-    single, groups = PromptStream(4, seed=0).take(6), PromptStream(4, seed=0, group=3).take(18)
-    assert groups == [index for index in single for _ in range(3)]
+# ------------------------------------------------------------------------------------------------------------- chats
+
+CHAT = "{% for m in messages %}{{ '<s>' if m.role == 'user' else '</s>' }}{{ m.content }}{% endfor %}"
+TEMPLATE = CHAT + "{% if add_generation_prompt %}</s>{% endif %}"
 
 
-def test_a_stream_goes_on_from_its_state() -> None:
-    stream = PromptStream(7, seed=1, group=2)
-    stream.take(9)
-    state = json.loads(json.dumps(stream.state_dict()))
-    again = PromptStream(7, seed=99, group=2)
-    again.load_state_dict(state)
-    assert again.take(12) == stream.take(12)
-    with pytest.raises(ValueError, match="prompts: expected the checkpoint's 7 prompts in groups of 2, got 8"):
-        PromptStream(8, seed=1, group=2).load_state_dict(state)
-    with pytest.raises(ValueError, match="expected integers >= 1, got 0 and 1"):
-        PromptStream(0, seed=1)
+def chat_tokenizer(template: str = TEMPLATE) -> Any:
+    tokenizer = copy.deepcopy(fixtures.tiny_tokenizer())
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_messages_become_ids_by_the_template() -> None:
+    chat = [
+        {"role": "user", "content": "▁ax"},
+        {"role": "assistant", "content": "▁by"},
+        {"role": "user", "content": "▁cz"},
+    ]
+    tokenizer = chat_tokenizer()
+    ax, by, cz = (tokenizer.convert_tokens_to_ids(piece) for piece in ("▁ax", "▁by", "▁cz"))
+    assert tokenize_prompts([chat], tokenizer, vocab_size=V) == [[1, ax, 2, by, 1, cz, 2]]
+
+
+def test_text_becomes_what_the_user_says_only_if_asked() -> None:
+    tokenizer, given = chat_tokenizer(), ["ax", [4, 5]]
+    ax = tokenizer.convert_tokens_to_ids("▁ax")
+    assert tokenize_prompts(given, tokenizer, vocab_size=V) == [[ax], [4, 5]]
+    asked = tokenize_prompts(given, tokenizer, vocab_size=V, chat_template=True)
+    assert asked == tokenize_prompts([[{"role": "user", "content": "ax"}], [4, 5]], tokenizer, vocab_size=V)
+    assert asked == [[1, ax, 2], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("chat", "template", "message"),
+    [
+        ([{"role": "user", "content": "ax"}], None, "prompts: at 1: expected a tokenizer with a chat template"),
+        (
+            [{"role": "user"}],
+            TEMPLATE,
+            "prompts: at 1: expected messages with 'role' and 'content', got {'role': 'user'}",
+        ),
+        (
+            [{"role": "user", "content": "ax"}],
+            "{{ raise_exception('no users') }}",
+            "prompts: at 1: expected messages that the chat template takes, got no users",
+        ),
+    ],
+)
+def test_bad_chats(chat: Any, template: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tokenize_prompts([[1], chat], chat_tokenizer(template), vocab_size=V)
+
+
+def test_the_environment_takes_chats_and_text_for_a_chat() -> None:
+    tokenizer, chat = chat_tokenizer(), [{"role": "user", "content": "ax"}]
+    ax = tokenizer.convert_tokens_to_ids("▁ax")
+    options = {"tokenizer": tokenizer, "reward": lambda prompts, responses: [0.0] * len(prompts), "max_new_tokens": 2}
+    env: Any = TextEnv(reference=Shared(fixtures.tiny_llama()), prompts=["ax", chat], chat_template=True, **options)
+    assert env.task.prompts == [[1, ax, 2]] * 2
+    observation, _ = env.reset(options={"prompt": chat})
+    assert observation["input_ids"][:3].tolist() == [1, ax, 2]
+    plain: Any = TextEnv(reference=Shared(fixtures.tiny_llama()), prompts=["ax", chat], **options)
+    assert plain.task.prompts == [[ax], [1, ax, 2]]
+
+
+# ---------------------------------------------------------------------------------------------------------- mixtures
+
+
+def mixed_env(tmp_path: Path, **changes: Any) -> Any:
+    (tmp_path / "a.txt").write_text("ax\nay\nbz\n")
+    (tmp_path / "b.csv").write_text("prompt\ncx\n")
+    options = {"tokenizer": fixtures.tiny_tokenizer(), "reward": lambda prompts, _: [0.0] * len(prompts)}
+    sources = {str(tmp_path / "a.txt"): 1, str(tmp_path / "b.csv"): 3}
+    return TextEnv(
+        reference=Shared(fixtures.tiny_llama()), max_new_tokens=2, **options | {"prompts": sources} | changes
+    )
+
+
+def test_the_environment_draws_a_mixture_by_weight(tmp_path: Path) -> None:
+    env = mixed_env(tmp_path)
+    drawn = [env.reset(seed=0)[1]["prompt_index"]] + [env.reset()[1]["prompt_index"] for _ in range(799)]
+    counts = np.bincount(drawn, minlength=4) / 800
+    # Binomial: sd of the last is sqrt(.75 · .25 / 800) = .015, of the others .0097; four of them.
+    assert abs(counts[3] - 0.75) < 0.062 and np.abs(counts[:3] - 1 / 12).max() < 0.04
+    listed = mixed_env(tmp_path, prompts=PromptMixture([(["ax", "ay", "bz"], 1), (["cx"], 3)]))
+    assert listed.task.prompts == env.task.prompts and listed.task.shares == env.task.shares == ((3, 1.0), (1, 3.0))
+    again = [listed.reset(seed=0)[1]["prompt_index"]] + [listed.reset()[1]["prompt_index"] for _ in range(30)]
+    assert again == drawn[:31]
+
+
+def test_one_source_draws_as_ever(tmp_path: Path) -> None:
+    env = mixed_env(tmp_path, prompts=["ax", "ay", "bz", "cx"])
+    drawn = [env.reset(seed=3)[1]["prompt_index"]] + [env.reset()[1]["prompt_index"] for _ in range(20)]
+    rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence(3)))
+    assert drawn == [int(rng.integers(4)) for _ in range(21)]
+
+
+def test_a_task_makes_the_stream_of_its_sources(tmp_path: Path) -> None:
+    task = mixed_env(tmp_path).task
+    assert task.prompt_stream(seed=5, group=2).take(12) == MixedPromptStream([3, 1], [1, 3], seed=5, group=2).take(12)
+    plain = mixed_env(tmp_path, prompts=tmp_path / "a.txt").task
+    assert plain.prompt_stream(seed=5, group=2).take(9) == PromptStream(3, seed=5, group=2).take(9)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"a.txt": True}, "prompts: expected a finite weight > 0 for 'a.txt', got True"),
+        ({"a.txt": float("inf")}, "prompts: expected a finite weight > 0 for 'a.txt', got inf"),
+        ({"prompt": ["ax"]}, r"prompts: expected a finite weight > 0 for 'prompt', got \['ax'\]"),
+        ({}, "prompts: expected at least one source, got none"),
+    ],
+)
+def test_bad_mixtures(sources: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PromptMixture.of(sources)

@@ -11,13 +11,17 @@ from textenv.checker import check_vector_env
 from textenv.env import TextEnv
 from textenv.models import Shared
 from textenv.options import EnvOptions
-from textenv.prompts import PromptStream, read_prompts
+from textenv.prompt_streams import MixedPromptStream, PromptStream
+from textenv.prompts import PromptMixture, read_prompts
+from textenv.tables import read_rows
 from textenv.types import FinishReason, ReplayRecord
 from textenv.vector_env import TextVectorEnv
 
 __all__ = [
     "EnvOptions",
     "FinishReason",
+    "MixedPromptStream",
+    "PromptMixture",
     "PromptStream",
     "ReplayRecord",
     "Shared",
@@ -28,6 +32,7 @@ __all__ = [
     "embedded",
     "kl",
     "read_prompts",
+    "read_rows",
     "wrappers",
 ]
 

@@ -87,8 +87,8 @@ class TextEnv(Tasked, gym.Env[dict[str, np.ndarray], int]):
 
     ## Starting State
 
-    A prompt drawn with `np_random` from `prompts`; `reset(options={"prompt_index": i})` or `{"prompt": text or ids}`
-    chooses.
+    A prompt drawn with `np_random` from `prompts`, of a mixture from a source drawn by its weight;
+    `reset(options={"prompt_index": i})` or `{"prompt": text, ids or messages}` chooses.
 
     ## Episode End
 
@@ -102,7 +102,8 @@ class TextEnv(Tasked, gym.Env[dict[str, np.ndarray], int]):
 
     The same keys in `reset` and `step`, NumPy scalars: `score`, `ref_logprob`, `kl`, `kl_known` (0: `kl` is unknown and
     0.0), `finish_reason`, `response_length`, `prompt_index` (−1 for a prompt of your own), `reward_parts/score`,
-    `reward_parts/kl`, `reward_parts/missing_eos` (they sum to the reward); with `kl_credit="sequence"` also
+    `reward_parts/kl`, `reward_parts/missing_eos` (they sum to the reward) and a `reward_parts/…` for each part that the
+    reward function tells (`part_names`: what it pays now, before weights); with `kl_credit="sequence"` also
     `ref_logprobs`; with `constraint` also `action_mask`, int8 `(V,)`; with `info_text=True` also `prompt_text` and
     `response_text`.
 

@@ -14,6 +14,7 @@ import torch
 from textenv.constraints.base import as_constraint
 from textenv.kl import KLController, KLCredit, KLSource, as_controller
 from textenv.models import Shared
+from textenv.prompts import PromptMixture
 
 LengthEnd = Literal["terminate", "truncate"]
 PromptOverflow = Literal["error", "left"]
@@ -31,11 +32,18 @@ class EnvOptions:
     """The frozen π_ref: a folder or hub name of a causal language model, or `textenv.Shared(module)`. It also gives the
     action space and the tokenizer. None: the embedded storyteller."""
     reward: Any = None
-    """What scores a response: a folder or hub name of a sequence classifier, a callable `(prompts, responses) ->
-    scores`, or a reward object. None: the embedded reward model."""
+    """What scores a response: a folder or hub name of a sequence or token classifier, a callable `(prompts, responses)
+    -> scores`, or an object of `textenv.rewards`. None: the embedded reward model."""
     prompts: Any = None
-    """Strings, token-id lists, a `.txt` or `.jsonl` file, or a `datasets.Dataset` with a column `prompt`. None: the
-    embedded openings."""
+    """Strings, token-id lists, chats (lists of messages, each with `role` and `content`), a `.txt`, `.jsonl`, `.json`,
+    `.csv`, `.tsv` or `.parquet` file, or a `datasets.Dataset`. A mapping from such sources to weights, or a
+    `textenv.PromptMixture`, draws each by its share. None: the embedded openings."""
+    prompt_column: str = "prompt"
+    """The column of the prompts in a file or dataset that has columns."""
+    prompt_strict: bool = True
+    """Whether a row of a file that is no prompt is an error, or skipped with a warning."""
+    chat_template: bool = False
+    """Whether a prompt that is text becomes what the user says in the tokenizer's chat template; chats always do."""
     tokenizer: Any = None
     """A folder, hub name or tokenizer object. None: the one in the reference's folder."""
     policy: Callable[..., torch.Tensor] | None = None
@@ -104,6 +112,8 @@ class EnvOptions:
             raise ValueError(f"temperature: expected a finite number > 0, got {self.temperature!r}")
         if not (_is_number(self.missing_eos_penalty) and 0 <= self.missing_eos_penalty < float("inf")):
             raise ValueError(f"missing_eos_penalty: expected a finite number >= 0, got {self.missing_eos_penalty!r}")
+        if isinstance(self.prompts, Mapping):
+            PromptMixture.of(self.prompts)
         as_controller(self.kl_coef)
         as_constraint(self.constraint)
         for name in ("reference", "reward", "policy", "constraint"):

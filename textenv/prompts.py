@@ -1,75 +1,101 @@
-"""Prompts: read them, tokenize them, and draw them in a seeded order."""
+"""Prompts: read them from where they are, mix them, and tokenize them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-Prompt = str | Sequence[int]
+from textenv.table_files import SUFFIXES, Record, read_records, read_text, shown
+from textenv.tables import good_rows
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text, token ids, or messages (`role` and `content` each) for the tokenizer's chat template."""
 
 
-def read_prompts(source: Any) -> list[Prompt]:
-    """Prompts as the user names them, still as text or ids.
+@dataclass(frozen=True)
+class PromptMixture:
+    """Several sources of prompts, each drawn by its share.
+
+    Raises:
+        ValueError: If there are none, or a weight is no finite number > 0.
+    """
+
+    sources: Sequence[tuple[Any, float]]
+    """Each a source as `read_prompts` takes it and its weight, the share of draws in any unit."""
+
+    def __post_init__(self) -> None:
+        """Check the weights."""
+        if not self.sources:
+            raise ValueError("prompts: expected at least one source, got none")
+        for source, weight in self.sources:
+            number = isinstance(weight, int | float) and not isinstance(weight, bool)
+            if not number or not math.isfinite(weight) or weight <= 0:
+                raise ValueError(f"prompts: expected a finite weight > 0 for {shown(source)}, got {shown(weight)}")
+
+    @classmethod
+    def of(cls, prompts: Any) -> PromptMixture:
+        """A mixture as it is, a mapping from source to weight, or one source."""
+        if isinstance(prompts, PromptMixture):
+            return prompts
+        return cls(tuple(prompts.items()) if isinstance(prompts, Mapping) else ((prompts, 1.0),))
+
+
+def read_prompts(
+    source: Any, *, column: str = "prompt", strict: bool = True, tell: Callable[[str], object] | None = None
+) -> list[Prompt]:
+    """Prompts as the user names them, still as text, ids or messages.
 
     Args:
-        source: A `.txt` file (one a line), a `.jsonl` file (strings, id lists, or objects with `prompt`), a sequence
-            of strings or id lists, or a `datasets.Dataset` with a column `prompt`.
+        source: A `.txt` file (one a line); a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file or a
+            `datasets.Dataset` with a column of prompts (in `.jsonl` and `.json` also bare strings and lists); or a
+            sequence of strings, id lists, message lists or mappings.
+        column: The column's name.
+        strict: Whether a row without a prompt is an error; otherwise it is skipped, and later indices move up.
+        tell: Takes the line about skipped rows; None: `warnings.warn`.
 
     Returns:
         A list that is not empty.
 
     Raises:
-        ValueError: If there are none, a file is missing, or a row is neither text nor ids.
+        ValueError: If there are none, a file is missing, or, with `strict`, a row is no prompt.
     """
-    if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".txt", ".jsonl"))):
-        prompts: list[Prompt] = _read_file(Path(source))
-    elif isinstance(source, str | Mapping) or not isinstance(source, Iterable):
-        raise ValueError(f"prompts: expected a list, a dataset, or a .txt or .jsonl file, got {_short(source)}")
-    else:
-        columns = getattr(source, "column_names", None)
-        if columns is not None and "prompt" not in columns:
-            raise ValueError(f"prompts: expected a dataset with a column 'prompt', got columns {columns}")
-        rows: Any = source
-        prompts = list(rows if columns is None else rows["prompt"])
-    if not prompts:
-        raise ValueError(f"prompts: expected at least one prompt, got none from {_short(source)}")
-    return prompts
-
-
-def _short(source: Any) -> str:
-    text = repr(source)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _read_file(path: Path) -> list[Prompt]:
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"prompts: expected a .txt or .jsonl file, got {str(path)!r}")
+    if not _is_prompts(source):
+        raise ValueError(
+            f"prompts: expected a list, a dataset, or a {', '.join(('.txt', *SUFFIXES))} file, got {shown(source)}"
+        )
     try:
-        # Not splitlines(): it also splits at U+2028 and its like, which JSON strings may hold.
-        lines = path.read_text(encoding="utf8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts: expected a readable text file, got {str(path)!r} ({error})") from error
-    if path.suffix == ".txt":
-        return [line for line in lines if line.strip()]
-    prompts: list[Prompt] = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            prompts.append(_json_prompt(line, f"{path}:{number}"))
-    return prompts
+        records = list(_records(source, column))
+        if not records:
+            raise ValueError(f"expected at least one prompt, got none from {shown(source)}")
+        return good_rows(source, records, lambda value: _prompt(value, column), strict=strict, tell=tell)
+    except ValueError as error:
+        raise ValueError(f"prompts: {error}") from error
 
 
-def _json_prompt(line: str, where: str) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"prompts: expected JSON at {where}, got {_short(line)} ({error.msg})") from error
-    prompt = row.get("prompt") if isinstance(row, dict) else row
-    if not isinstance(prompt, str | list):
-        raise ValueError(f"prompts: expected text, ids, or an object with 'prompt' at {where}, got {_short(row)}")
+def _is_prompts(source: Any) -> bool:
+    if isinstance(source, str | Path):
+        return Path(source).suffix in (".txt", *SUFFIXES)
+    one_split = not isinstance(getattr(source, "column_names", None), Mapping)
+    return isinstance(source, Iterable) and not isinstance(source, Mapping) and one_split
+
+
+def _records(source: Any, column: str) -> Iterator[Record]:
+    if isinstance(source, str | Path) and Path(source).suffix == ".txt":
+        # Not splitlines(): it also splits at U+2028 and its like, which are part of a text.
+        lines = enumerate(read_text(Path(source)).split("\n"), start=1)
+        return (Record(f"{source}:{number}", line.removesuffix("\r")) for number, line in lines if line.strip())
+    return read_records(source, [column])
+
+
+def _prompt(value: Any, column: str) -> Any:
+    prompt = value.get(column) if isinstance(value, Mapping) else value
+    if not isinstance(prompt, str | Sequence | np.ndarray):
+        raise ValueError(f"expected text, ids, messages, or an object with {column!r}, got {shown(value)}")
     return prompt
 
 
@@ -80,36 +106,86 @@ def tokenize_prompts(
     vocab_size: int,
     max_prompt_tokens: int | None = None,
     overflow: str = "error",
+    chat_template: bool = False,
 ) -> list[list[int]]:
     """Token ids of prompts, each checked.
 
     Args:
-        prompts: Strings (encoded with the tokenizer's own special tokens) or id lists (taken as they are).
+        prompts: Strings (encoded with the tokenizer's own special tokens), messages (encoded by its chat template, up
+            to where the answer begins) or id lists (taken as they are).
         tokenizer: None is enough for id lists.
         vocab_size: V; ids are in [0, V).
         max_prompt_tokens: The longest allowed; None: any.
         overflow: `error`, or `left`: keep the last `max_prompt_tokens` ids.
+        chat_template: Whether a string is what the user says in a chat.
 
     Raises:
-        ValueError: For an empty prompt, an id out of range, a prompt that is too long, or text without a tokenizer.
+        ValueError: For an empty prompt, an id out of range, a prompt that is too long, text without a tokenizer, or
+            messages without a chat template.
     """
     rows = list(prompts)
-    texts = [row for row in rows if isinstance(row, str)]
+    given = [_as_chat(row) if chat_template and isinstance(row, str) and row else row for row in rows]
+    texts = [row for row in given if isinstance(row, str)]
     if texts and tokenizer is None:
         raise ValueError("tokenizer: expected one, because prompts holds text, got None")
     encoded = iter(tokenizer(texts)["input_ids"] if texts else ())
     result = []
-    for number, row in enumerate(rows):
-        ids = _check_ids(next(encoded) if isinstance(row, str) else row, row, number, vocab_size)
+    for number, (row, form) in enumerate(zip(rows, given, strict=True)):
+        if isinstance(form, str):
+            raw: Any = next(encoded)
+        else:
+            raw = _chat_ids(form, tokenizer, number) if is_messages(form) else form
+        ids = _check_ids(raw, row, number, vocab_size)
         if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
             if overflow == "error":
                 raise ValueError(
                     f"prompts: expected at most max_prompt_tokens={max_prompt_tokens} tokens, got {len(ids)} in prompt "
-                    f"{number} ({_short(row)}); a larger max_prompt_tokens would take it, prompt_overflow='left' cut it"
+                    f"{number} ({shown(row)}); a larger max_prompt_tokens would take it, prompt_overflow='left' cut it"
                 )
             ids = ids[-max_prompt_tokens:]
         result.append(ids)
     return result
+
+
+def _as_chat(text: str) -> Prompt:
+    return [{"role": "user", "content": text}]
+
+
+def _chat_ids(messages: Any, tokenizer: Any, number: int) -> list[int]:
+    try:
+        return chat_ids(messages, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"prompts: at {number}: {error}") from error
+
+
+def is_messages(prompt: Any) -> bool:
+    """Whether this is a list of messages, not ids."""
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def chat_ids(messages: Any, tokenizer: Any, *, answer: bool = True) -> list[int]:
+    """Token ids of messages by the tokenizer's chat template.
+
+    Args:
+        messages: Each with `role` and `content`.
+        tokenizer: One with a chat template.
+        answer: Whether the ids go on to where the assistant's answer begins.
+
+    Raises:
+        ValueError: `expected ..., got ...`, if there is no template, a message lacks a part, or the template refuses
+            them.
+    """
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise ValueError("expected a tokenizer with a chat template for messages, got one without")
+    for message in messages:
+        if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
+            raise ValueError(f"expected messages with 'role' and 'content', got {shown(message)}")
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), add_generation_prompt=answer, return_dict=False)
+    except TemplateError as error:
+        raise ValueError(f"expected messages that the chat template takes, got {error}") from error
 
 
 def _check_ids(ids: Sequence[int], prompt: Prompt, number: int, vocab_size: int) -> list[int]:
@@ -120,53 +196,9 @@ def _check_ids(ids: Sequence[int], prompt: Prompt, number: int, vocab_size: int)
     except ValueError:
         array = np.empty((0, 0))
     if array.ndim == 1 and array.size == 0:
-        raise ValueError(f"prompts: expected at least one token, got an empty prompt at {number} ({_short(prompt)})")
+        raise ValueError(f"prompts: expected at least one token, got an empty prompt at {number} ({shown(prompt)})")
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"prompts: expected a string or a list of integer ids at {number}, got {_short(prompt)}")
+        raise ValueError(f"prompts: expected a string or a list of integer ids at {number}, got {shown(prompt)}")
     if array.min() < 0 or array.max() >= vocab_size:
-        raise ValueError(f"prompts: expected ids in [0, {vocab_size}), got {_short(prompt)} at {number}")
+        raise ValueError(f"prompts: expected ids in [0, {vocab_size}), got {shown(prompt)} at {number}")
     return [int(token) for token in array]
-
-
-class PromptStream:
-    """Prompt indices in seeded epochs without repetition, each repeated `group` times in a row.
-
-    The order is a pure function of `(seed, epoch)`; the position is all that a checkpoint keeps.
-
-    >>> sorted(PromptStream(3, seed=0).take(3))
-    [0, 1, 2]
-    """
-
-    def __init__(self, size: int, *, seed: int, group: int = 1) -> None:
-        """A stream over `size` prompts."""
-        if size < 1 or group < 1:
-            raise ValueError(f"size, group: expected integers >= 1, got {size} and {group}")
-        self.size, self.seed, self.group = size, seed, group
-        self.position = 0
-        """Draws so far, counting each of a group."""
-
-    def take(self, count: int) -> list[int]:
-        """The next `count` prompt indices."""
-        draws = range(self.position, self.position + count)
-        self.position += count
-        orders: dict[int, np.ndarray] = {}
-        indices = []
-        for draw in draws:
-            epoch, place = divmod(draw // self.group, self.size)
-            if epoch not in orders:
-                orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(self.size)
-            indices.append(int(orders[epoch][place]))
-        return indices
-
-    def state_dict(self) -> dict[str, int]:
-        """The position."""
-        return {"seed": self.seed, "position": self.position, "group": self.group, "size": self.size}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position in the same stream."""
-        if (state["size"], state["group"]) != (self.size, self.group):
-            raise ValueError(
-                f"prompts: expected the checkpoint's {state['size']} prompts in groups of {state['group']}, "
-                f"got {self.size} in groups of {self.group}"
-            )
-        self.seed, self.position = state["seed"], state["position"]

@@ -19,7 +19,8 @@ def choose_prompts(
         task: Its prompts and limits.
         rows: `[r]` int64, ascending.
         rngs: One generator for each of the N rows; a row draws its prompt from its own.
-        options: `prompt_index` (an int, or one for each of the N rows) or `prompt` (text or ids, or a list of N).
+        options: `prompt_index` (an int, or one for each of the N rows) or `prompt` (text, ids or messages, or a list of
+            N).
 
     Raises:
         ValueError: For an unknown option or an impossible prompt.
@@ -33,7 +34,7 @@ def choose_prompts(
     if "prompt_index" in options:
         indices = _per_row_indices(options["prompt_index"], rows, len(rngs), count)
     else:
-        indices = [int(rngs[row].integers(count)) for row in rows]
+        indices = [task.draw_prompt(rngs[row]) for row in rows]
     return indices, [task.prompts[index] for index in indices]
 
 
@@ -41,7 +42,7 @@ def _per_row_prompts(prompt: Any, rows: np.ndarray, count: int) -> list[Any]:
     """One prompt for all, or one for each of the N rows."""
     if not isinstance(prompt, str | Sequence | np.ndarray):
         raise ValueError(f"options['prompt']: expected text, ids, or a list of {count} of them, got {prompt!r}")
-    if isinstance(prompt, str) or len(prompt) == 0 or isinstance(prompt[0], int | np.integer):
+    if isinstance(prompt, str) or len(prompt) == 0 or isinstance(prompt[0], int | np.integer | Mapping):
         return [prompt] * len(rows)
     if len(prompt) != count:
         raise ValueError(f"options['prompt']: expected one prompt or a list of {count}, got {len(prompt)}")
