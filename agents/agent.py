@@ -24,9 +24,10 @@ from agents.rollout import Rollout, collect
 from agents.sampling import Fingerprint, Sampler, TransformersSampler
 from agents.sampling.sync import WeightSync, check_synced
 from agents.schedule import lr_factor
+from agents.undo import undone_on_failure
 from agents.update import Step, minibatches, optimizer_steps, targets
 from agents.value_scale import update_value_scale
-from textenv.prompts import Prompt, PromptStream
+from textenv.prompts import Prompt
 
 Callback = Callable[[int, Mapping[str, float]], Any]
 """`(updates done, metrics)`; returning False ends `learn`."""
@@ -80,13 +81,11 @@ class Agent:
         check_task(algorithm, self.task)
         self.sampler = sampler or TransformersSampler(policy)
         self.eval_prompts = None if eval_prompts is None else self.task.tokenize(eval_prompts)
-        self.prompts = PromptStream(len(self.task.prompts), seed=self.config.seed, group=algorithm.group_size)
-        self._autocast = _autocast(self.task.device, self.config.bf16)
+        self.prompts = self.task.prompt_stream(seed=self.config.seed, group=algorithm.group_size)
+        self._autocast, self._sync = _autocast(self.task.device, self.config.bf16), WeightSync()
         self.optimizer = _optimizer(policy, self.config, with_critic=algorithm.critic is not None)
-        self._weights = WeightSync()
         self.memory: dict[str, float] = {}
-        self.updates = 0
-        self.collections = 0
+        self.updates = self.collections = 0
         self.schedule_updates = self.config.schedule_updates
         self.best_objective = -float("inf")
 
@@ -125,6 +124,7 @@ class Agent:
                 break
         return history
 
+    @undone_on_failure
     def collect(self, prompts: Sequence[Prompt] | None = None) -> Rollout:
         """Sample and record one rollout.
 
@@ -134,7 +134,7 @@ class Agent:
 
         Raises:
             SamplerMismatch: If the sampler drew from other weights, or its law is further from the trainer's than
-                `mismatch_alarm`.
+                `mismatch_alarm`. After this and any other error the agent is as it was.
         """
         # The environment may have been wrapped, or told of a policy, since.
         check_actions(self.envs)
@@ -142,7 +142,7 @@ class Agent:
         chosen = _chosen(self, prompts)
         seed = _seed(self.config.seed, self.collections, 0)
         self.collections += 1
-        trained = self._weights.push(self.sampler, self.policy.lm, self.updates)
+        trained = self._sync.push(self.sampler, self.policy.lm, self.updates)
         rollout = collect(
             self.policy,
             self.task,
@@ -184,13 +184,13 @@ class Agent:
         )
         batches = minibatches(len(rollout.ids), config, _seed(config.seed, self.updates, 1))
         sums = optimizer_steps(self.policy, self.optimizer, rollout, target, batches, step, self._autocast)
-        # Before the controller moves: these are told with the β that was paid.
+        # Before the controller moves, and the reward's statistics: these are told with what was paid.
         returns = None if critic is None else target.returns
         metrics = rollout_metrics(rollout, returns, self.task) | update_metrics(sums)
         if self.task.reference is not None:
             self.task.controller.update(float(rollout.kl.sum(1).mean()), len(rollout.ids))
-        self.updates += 1
-        self.memory = dict(target.memory)
+        self.task.reward.update(rollout.paid)
+        self.updates, self.memory = self.updates + 1, dict(target.memory)
         metrics["lr"] = config.learning_rate * factor
         metrics["time/update"] = time.perf_counter() - start
         metrics["time/total"] = metrics["time/update"] + sum(rollout.seconds.values())
@@ -202,8 +202,9 @@ class Agent:
         chosen = self.eval_prompts if prompts is None else self.task.tokenize(prompts)
         if not chosen:
             raise ValueError("prompts: expected some, because the agent has no eval_prompts, got none")
-        self._weights.push(self.sampler, self.policy.lm, self.updates)
-        return evaluate(self.policy, self.envs, chosen, sampler=self.sampler, seed=seed, autocast=self._autocast)
+        trained = self._sync.push(self.sampler, self.policy.lm, self.updates)
+        how: Any = {"sampler": self.sampler, "seed": seed, "autocast": self._autocast, "trained": trained}
+        return evaluate(self.policy, self.envs, chosen, **how)
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
@@ -262,7 +263,7 @@ def _chosen(agent: Agent, prompts: Sequence[Prompt] | None) -> Sequence[Sequence
 
 def _checked(rollout: Rollout, trained: Fingerprint, alarm: float | None) -> Rollout:
     """The rollout, if it is of the weights that train and its log-probs are theirs."""
-    check_synced(trained, rollout.weights)
+    check_synced(trained, rollout.fingerprint)
     check_mismatch(rollout.old_logprobs, rollout.behavior_logprobs, rollout.mask, alarm)
     return rollout
 

@@ -58,6 +58,7 @@ def save(agent: Agent, folder: Path) -> None:
             "best_objective": agent.best_objective if agent.best_objective > -float("inf") else None,
             "prompts": agent.prompts.state_dict(),
             "kl_controller": agent.task.controller.state_dict(),
+            "reward": agent.task.reward.state_dict(),
             "optimizer_steps": steps,
         }
         (aside / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf8")
@@ -136,6 +137,7 @@ class Saved:
             agent.best_objective = state["best_objective"]
         agent.prompts.load_state_dict(state["prompts"])
         agent.task.controller.load_state_dict(state["kl_controller"])
+        agent.task.reward.load_state_dict(state.get("reward", {}))
         _load_optimizer(agent, _read_tensors(self.folder / OPTIMIZER), state["optimizer_steps"])
 
 

@@ -40,6 +40,8 @@ def rollout_metrics(rollout: Rollout, returns: Tensor | None, task: Task) -> dic
         metrics["greedy/reward"] = float(rollout.greedy.mean())
     if len(scores):
         metrics |= {"score/mean": float(scores.mean()), "score/std": float(scores.std(unbiased=False))}
+        parts = rollout.score_parts.items()
+        metrics |= {f"score/{name}": float(part[rollout.scored].mean()) for name, part in parts}
     for reason in (FinishReason.STOP, FinishReason.LENGTH):
         metrics[f"finish/{reason.name.lower()}"] = float((rollout.finish_reasons == reason).float().mean())
     if task.reference is not None:

@@ -19,6 +19,7 @@ from agents.value_head import ValueHead
 from agents.value_scale import first_value_scale
 from textenv import kl
 from textenv.replay import replay
+from textenv.rewards.base import Scores
 from textenv.task import Task
 from textenv.types import ReplayRecord
 
@@ -68,15 +69,25 @@ class Rollout:
     """`[B]`: what the greedy response to the same prompt was paid, without its KL; None if it was not asked for."""
     task_rewards: Tensor | None = None
     """`[B, T]`: `rewards` before any KL: score and penalties; None: `rewards` hold no KL."""
-    weights: Fingerprint | None = None
-    """What the sampler says that it drew from; None: it says nothing."""
+    fingerprint: Fingerprint | None = None
+    """Of the weights that the sampler says that it drew from; None: it says nothing."""
     memory: Mapping[str, float] = field(default_factory=dict)
     """What the estimator remembers of earlier updates; the agent fills it in."""
+    score_parts: Mapping[str, Tensor] = field(default_factory=dict)
+    """`[B]` each: what the reward function says that the scores were made of."""
 
     @property
     def kl(self) -> Tensor:
         """`[B, T]`: k_t = log π(a_t|s_t) − log π_ref(a_t|s_t); log π alone, and no KL, without a reference."""
         return torch.where(self.mask, self.old_logprobs - self.ref_logprobs, torch.zeros_like(self.rewards))
+
+    @property
+    def paid(self) -> Scores:
+        """Scores and parts of the episodes that were scored, float64: what the reward's `update` is told."""
+        total, *parts = (
+            scores[self.scored].double().cpu().numpy() for scores in (self.scores, *self.score_parts.values())
+        )
+        return Scores(total, dict(zip(self.score_parts, parts, strict=True)))
 
     def select(self, rows: Tensor) -> Rollout:
         """Some of the episodes, without the padding that they do not need."""
@@ -87,7 +98,7 @@ class Rollout:
         for name, tensor in parts.items():
             if tensor.ndim == 2:
                 parts[name] = tensor[:, : columns if name == "ids" else steps]
-        return replace(self, **parts)
+        return replace(self, **parts, score_parts={name: part[rows] for name, part in self.score_parts.items()})
 
 
 def sample_responses(sampler: Sampler, task: Task, prompts: Sequence[Sequence[int]], seed: int) -> Samples:
@@ -153,8 +164,7 @@ def collect(
         old = _evaluate(policy, task, ids, starts, lengths, microbatch_episodes, with_values)
     evaluated = time.perf_counter()
     record = replay(task, prompts, samples.responses, old.logprobs, reference_scope=autocast)
-    rewards = _clipped(record, score_clip)
-    rewards = _charged(task, record, rewards, old.logprobs) if charge_kl else rewards
+    rewards = _charged(task, record, _clipped(record, score_clip), old.logprobs if charge_kl else None)
     greedy = None if greedy_samples is None else _greedy_returns(task, each, greedy_samples, score_clip)
     values, bootstrap_values = old.values, old.bootstrap_values
     if with_values and policy.value_head.value_count == 0:
@@ -181,7 +191,8 @@ def collect(
         groups=torch.arange(len(prompts), device=task.device) // group_size,
         greedy=None if greedy is None else greedy.repeat_interleave(group_size),
         task_rewards=_without_kl(record, score_clip),
-        weights=samples.weights,
+        fingerprint=samples.fingerprint,
+        score_parts=record.score_parts,
     )
 
 
@@ -223,8 +234,10 @@ def _without_kl(record: ReplayRecord, score_clip: float | None) -> Tensor:
     return clipped + record.reward_parts["missing_eos"]
 
 
-def _charged(task: Task, record: ReplayRecord, rewards: Tensor, logprobs: Tensor) -> Tensor:
-    """Rewards with the KL charged exactly once."""
+def _charged(task: Task, record: ReplayRecord, rewards: Tensor, logprobs: Tensor | None) -> Tensor:
+    """Rewards with the KL charged exactly once; None: a loss charges it."""
+    if logprobs is None:
+        return rewards
     return kl.charge(
         rewards,
         logprobs,
@@ -250,7 +263,7 @@ def _greedy_responses(sampler: Sampler, task: Task, prompts: Sequence[Sequence[i
 
 def _greedy_returns(task: Task, prompts: Sequence[Sequence[int]], samples: Samples, score_clip: float | None) -> Tensor:
     """What those were paid, `[prompts]`: score and penalties, whoever charges the KL."""
-    record = replay(task, prompts, samples.responses, samples.logprobs)
+    record = replay(task, prompts, samples.responses)
     return _without_kl(record, score_clip).sum(1)
 
 

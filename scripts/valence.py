@@ -10,8 +10,6 @@ default `../shared/material` or what the environment variable TEXTENV_MATERIAL n
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +17,10 @@ import gymnasium as gym
 
 import textenv  # noqa: F401 - registers RLHF-Text-v0
 from textenv.models import load_tokenizer
+from textenv.rewards import LexiconReward, read_lexicon
 
 KL_COEF = 0.5
 MATERIAL = Path(os.environ.get("TEXTENV_MATERIAL", "../shared/material"))
-
-
-class Valence:
-    """Sum of the lexicon's values over the words of the response decoded alone."""
-
-    wants_ids = True
-
-    def __init__(self, lexicon: Path, tokenizer: Any) -> None:
-        """Read the lexicon."""
-        rows = (line.split("\t") for line in lexicon.read_text(encoding="utf8").splitlines())
-        self.values = {row[0]: float(row[1]) for row in rows}
-        self.tokenizer = tokenizer
-
-    def __call__(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[float]:
-        """One score a response."""
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
-        return [sum(self.values.get(word, 0.0) for word in re.findall(r"[a-z']+", text.lower())) for text in texts]
 
 
 def model_folder(material: Path = MATERIAL) -> Path:
@@ -64,7 +46,7 @@ def make_env(num_envs: int = 1, material: Path = MATERIAL, **options: Any) -> An
         "RLHF-Text-v0",
         num_envs=num_envs,
         reference=str(folder),
-        reward=Valence(material / "data" / "vader_lexicon.txt", tokenizer),
+        reward=LexiconReward(read_lexicon(material / "data" / "vader_lexicon.txt")),
         prompts=[ids[:8] for ids in encoded if len(ids) >= 8],
         max_new_tokens=48,
         stop_token_ids=[],

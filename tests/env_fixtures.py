@@ -146,7 +146,22 @@ class DenseReward:
         return [IdReward.one(prompt, response[: t + 1]) / 2 for t in range(len(response))]
 
 
-REWARDS = {"text": LetterReward, "ids": IdReward, "dense": DenseReward}
+def a_sum():
+    """Of text and of ids, with a part below a part."""
+    from textenv.rewards import Clip, WeightedSum
+
+    return WeightedSum({"letters": (LetterReward(), 0.5), "ids": (Clip(IdReward(), -1.0, 0.5), -2.0)})
+
+
+def a_mixed_sum():
+    """Of tokens and of whole responses."""
+    from textenv.rewards import WeightedSum
+
+    inner = WeightedSum({"tokens": (DenseReward(), 1.0), "letters": (LetterReward(), 1.0)})
+    return WeightedSum({"both": (inner, 0.5), "ids": (IdReward(), 1.5), "dense": (DenseReward(), -1.0)})
+
+
+REWARDS = {"text": LetterReward, "ids": IdReward, "dense": DenseReward, "sum": a_sum, "mixed": a_mixed_sum}
 PROMPTS = [[BOS, 5, 20], [BOS, 30], [BOS, 7, 8, 21, 22]]
 
 

@@ -35,6 +35,8 @@ class Oracle:
     missing_eos_penalty: float
     temperature: float
     has_reference: bool = True
+    terms: Sequence[tuple[str, float, bool, Callable[[list[int], list[int]], Any]]] = ()
+    """Instead of `score`: the named parts that it is the weighted sum of, each dense or not."""
 
     def logprob(self, logits: Logits, prefix: Sequence[int], token: int) -> float:
         scaled = [x / self.temperature for x in logits(tuple(prefix))]
@@ -67,12 +69,14 @@ class Oracle:
         penalty = self.missing_eos_penalty if reason == LENGTH else 0.0
         info = self._info(index)
         paid = 0.0
-        if self.dense:
-            values = self.score(prompt, response)
-            paid = values[-1]
-            info["score"] = math.fsum(values) if terminated else 0.0
-        elif terminated:
-            paid = info["score"] = self.score(prompt, response)
+        for name, weight, dense, score in self.terms or [("", 1.0, self.dense, self.score)]:
+            if not (dense or terminated):
+                continue
+            values = score(prompt, response) if dense else [score(prompt, response)]
+            paid += weight * values[-1]
+            info["score"] += weight * math.fsum(values) if terminated else 0.0
+            if name:
+                info[f"reward_parts/{name}"] = values[-1]
         charges = self._charges(refs, logps)
         if self.kl_credit == "token":
             charge = charges[-1] if charges else 0.0
@@ -114,6 +118,7 @@ class Oracle:
         info: dict[str, Any] = dict.fromkeys(
             ("score", "ref_logprob", "kl", "reward_parts/score", "reward_parts/kl", "reward_parts/missing_eos"), 0.0
         )
+        info |= {f"reward_parts/{name}": 0.0 for name, *_ in self.terms}
         info |= {"kl_known": 0, "finish_reason": NONE, "response_length": 0, "prompt_index": index}
         if self.kl_credit == "sequence":
             info["ref_logprobs"] = [0.0] * self.max_new_tokens
@@ -199,7 +204,7 @@ def generate(seed: int, vocab: int) -> dict[str, Any]:
             "missing_eos_penalty": rng.choice([0.0, 0.7]),
             "temperature": rng.choice([1.0, 0.7, 1.6]),
             "kl_coef": rng.choice([0.0, 0.3, 1.7, "controller"]),
-            "reward": rng.choice(["text", "ids", "dense"]),
+            "reward": rng.choice(["text", "ids", "dense", "sum", "mixed"]),
             # None at all, EOS, BOS, PAD (id 0), or several with one that is no special token.
             "stop_token_ids": rng.choice([(), (2,), (1,), (0,), (2, 9)]),
             "max_new_tokens": rng.choice([1, 2, 4, 5]),

@@ -16,6 +16,7 @@ import torch
 from agents import PPO, PPOConfig, ValueHeadLM, checkpoint
 from tests.agent_fixtures import PROMPTS, identical, make_agent, make_env, make_policy, small_config, weights
 from tests.conftest import make_gpt2, make_llama
+from textenv import PromptMixture
 from textenv.kl import AdaptiveKL
 
 Maker = Callable[[], PPO]
@@ -80,6 +81,24 @@ def test_resuming_within_critic_warmup_is_exact(tmp_path: Path) -> None:
     resumed = PPO.load(tmp_path / "checkpoint", make_env())
     resumed.learn(2)
     assert same(everything(whole), everything(resumed))
+
+
+def test_resuming_in_a_mixture_of_prompts_is_exact(tmp_path: Path) -> None:
+    def env(weight: float = 0.3) -> Any:
+        return make_env(prompts=PromptMixture([(PROMPTS[:2], 0.7), (PROMPTS[2:], weight)]))
+
+    whole, part = (make_agent(config(), envs=env()) for _ in range(2))
+    whole.learn(3)
+    part.learn(1)
+    part.save(tmp_path / "checkpoint")
+    resumed = PPO.load(tmp_path / "checkpoint", env())
+    resumed.learn(2)
+    assert same(everything(whole), everything(resumed))
+    # 12 draws: the cycle of 7 and 3, and the first two of the next, one each.
+    assert whole.prompts.state_dict() == resumed.prompts.state_dict()
+    assert resumed.prompts.state_dict()["drawn"] == [8, 4]
+    with pytest.raises(ValueError, match=r"prompts: expected the checkpoint's weights, \[7, 3\], got \[7, 9\]"):
+        PPO.load(tmp_path / "checkpoint", env(0.9))
 
 
 def test_a_new_agent_resumes_too(tmp_path: Path) -> None:

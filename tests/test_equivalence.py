@@ -21,27 +21,55 @@ MODES = ("SameStep", "NextStep", "Disabled")
 TOLERANCE = 1e-4  # float32 forwards of two layers against float64
 
 
+def named_terms(letters: Any, ids: Any, dense: Any) -> dict[str, list[Any]]:
+    """What the sums of the fixtures are made of: name, weight of what is paid (0: only told), dense, and value."""
+    return {
+        "sum": [
+            ("letters", 0.5, False, letters),
+            ("ids", -2.0, False, lambda p, r: min(max(ids(p, r), -1.0), 0.5)),
+            ("ids/raw", 0.0, False, ids),
+        ],
+        "mixed": [
+            ("both", 0.0, True, lambda p, r: [0.0]),  # replaced by what is below it, `Mixed`
+            ("both/tokens", 0.5, True, dense),
+            ("both/letters", 0.5, False, letters),
+            ("ids", 1.5, False, ids),
+            ("dense", -1.0, True, dense),
+        ],
+    }
+
+
+class Mixed(Oracle):
+    """`both` is the sum of the two that are below it."""
+
+    def episode(self, prompt: Any, index: int, actions: Any) -> list[Step]:
+        steps = super().episode(prompt, index, actions)
+        for info in (step.info for step in steps if self.terms and self.terms[0][0] == "both"):
+            info["reward_parts/both"] = info["reward_parts/both/tokens"] + info["reward_parts/both/letters"]
+        return steps
+
+
 class Setting:
     """A generated case: the library's arguments, and the oracle that knows nothing of them."""
 
     def __init__(self, seed: int) -> None:
         self.case = generate(seed, fixtures.VOCAB)
         self.columns = max(map(len, self.case["prompts"])) + self.case["max_new_tokens"]
-        case, ours = self.case, fixtures.REWARDS[self.case["reward"]]
+        case = self.case
         stops = case["stop_token_ids"]
 
-        def score(prompt: list[int], response: list[int]) -> Any:
-            if case["reward"] == "text":
-                return ours.one(*texts(fixtures.PIECES, (0, 1, 2), stops, prompt, response))
-            return ours.one(prompt, response)
+        def letters(prompt: list[int], response: list[int]) -> float:
+            return fixtures.LetterReward.one(*texts(fixtures.PIECES, (0, 1, 2), stops, prompt, response))
 
+        ids, dense = fixtures.IdReward.one, fixtures.DenseReward.one
         adaptive = case["kl_coef"] == "controller"
         same = ("max_new_tokens", "kl_source", "kl_credit", "length_end", "missing_eos_penalty", "temperature")
-        self.oracle = Oracle(
+        self.oracle = Mixed(
             ref_logits=fixtures.float64_logits(case["model"]),
             policy_logits=fixtures.float64_logits(case["model"], seed=7),
-            score=score,
+            score={"text": letters, "ids": ids, "dense": dense}.get(case["reward"], letters),
             dense=case["reward"] == "dense",
+            terms=named_terms(letters, ids, dense).get(case["reward"], ()),
             stops=stops,
             columns=self.columns,
             pad=fixtures.PAD,

@@ -75,7 +75,7 @@ def test_scores_of_any_make(answers: Any) -> None:
 
 
 def test_dense_values() -> None:
-    values = reward(fixtures.DenseReward()).token_values([[3], [3]], [[4, 5], [6]])
+    values = reward(fixtures.DenseReward()).ask([[3], [3]], [[4, 5], [6]]).total
     assert [value.shape for value in values] == [(2,), (1,)]
 
 

@@ -131,31 +131,31 @@ class TextCore:
         logprobs = None
         if self.knows_kl:
             logprobs = self.task.policy_logprobs(state.ids[where], state.lengths[where], acting, now)
-        earned, score = self._score(after, where, reasons)
+        earned, score, parts = self._score(after, where, reasons)
         # The reference comes last: its cache moves.
         spoken = self.actions.reference.speak(state, after, acting, where, (now, moved.allowed))
         self.state = after
         allowed.commit(moved)
-        self.payments.pay(where, steps, reasons, Answers(earned, score, logprobs, spoken))
+        self.payments.pay(where, steps, reasons, Answers(earned, score, parts, logprobs, spoken))
 
     @property
     def knows_kl(self) -> bool:
         """Whether the environment asks a live policy for log π."""
         return self.task.kl_source == "policy" and self.task.reference is not None
 
-    def _score(self, after: TokenState, rows: Tensor, reasons: Tensor) -> tuple[Tensor, Tensor]:
-        """What the reward function pays now, and the score, which is 0 until it is due: `[r]` each."""
+    def _score(self, after: TokenState, rows: Tensor, reasons: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the reward function pays now, the score, which is 0 until it is due, and the parts: `[r]` each."""
         reward, device = self.task.reward, self.task.device
         terminated, _ = dynamics.endings(reasons, length_end=self.task.options.length_end)
-        score = torch.zeros(len(rows), device=device)
-        if reward.per_token:
-            values = reward.token_values(*after.id_lists(rows))
-            earned = torch.tensor([float(value[-1]) for value in values], device=device)
-            return earned, torch.where(terminated, self.payments.earned_before(rows) + earned, score)
-        due = rows[terminated]
-        if len(due):
-            score[terminated] = torch.as_tensor(reward.scores(*after.id_lists(due)), device=device)
-        return score, score
+        earned = torch.zeros(len(rows), device=device)
+        parts = {name: torch.zeros(len(rows), device=device) for name in reward.names}
+        asked = torch.ones_like(terminated) if reward.per_token else terminated
+        if bool(asked.any()):
+            paid = reward.pay(*after.id_lists(rows[asked]), terminated[asked].tolist())
+            for told, values in ((earned, paid.total), *((parts[name], paid.parts[name]) for name in parts)):
+                told[asked] = torch.tensor([float(value[-1]) for value in values], device=device)
+        score = torch.where(terminated, self.payments.earned_before(rows) + earned, torch.zeros_like(earned))
+        return earned, score, parts
 
     # ------------------------------------------------------------------------------------------------- telling
 

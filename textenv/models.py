@@ -97,20 +97,21 @@ def load_classifier(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    of_tokens: bool = False,
 ) -> tuple[nn.Module, PreTrainedTokenizerFast]:
-    """Load a sequence classifier with one output (a reward model), frozen and without dropout, and its tokenizer.
+    """Load a reward model and its tokenizer: a sequence classifier with one output, or a classifier `of_tokens`.
 
     Raises:
-        ValueError: If there is no such model, if it has no trained score, or if it gives more than one.
+        ValueError: If there is no such model, if its head is untrained, or if a sequence gets more than one score.
     """
-    from transformers import AutoModelForSequenceClassification
+    import transformers
 
     config = load_config(source, argument=argument, trust_remote_code=trust_remote_code)
-    if config.num_labels != 1:
+    if config.num_labels != 1 and not of_tokens:
         raise ValueError(f"{argument} must give one score per text (num_labels 1); {source} gives {config.num_labels}")
-    model = _load_weights(
-        AutoModelForSequenceClassification, source, argument, "a sequence classifier", dtype, trust_remote_code
-    )
+    kind = "TokenClassification" if of_tokens else "SequenceClassification"
+    factory, what = getattr(transformers, f"AutoModelFor{kind}"), f"a {'token' if of_tokens else 'sequence'} classifier"
+    model = _load_weights(factory, source, argument, what, dtype, trust_remote_code)
     align(model.to(torch.device(device)).requires_grad_(False))
     disable_dropout(model)
     return model, load_tokenizer(source, argument=argument)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from textenv.task import Task
 from textenv.types import FinishReason
 
 PARTS = ("score", "kl", "missing_eos")
-"""What the reward is the sum of; each is told as `reward_parts/...`."""
+"""What the reward is the sum of; each is told as `reward_parts/...`, beside those of the reward function."""
 
 
 class Answers(NamedTuple):
@@ -22,6 +23,8 @@ class Answers(NamedTuple):
     """`[r]`: what the reward function pays now: the score, or with dense rewards this token's value."""
     score: Tensor
     """`[r]`: the score of the whole response; 0 until it is due."""
+    parts: Mapping[str, Tensor]
+    """`[r]` each: what the reward function says that `earned` was made of."""
     logprobs: Tensor | None
     """`[r]`: log π of the token, where the environment knows it."""
     ref_logprobs: Tensor | None
@@ -34,7 +37,7 @@ class Payments:
     def __init__(self, task: Task, rows: int) -> None:
         """N rows, nothing paid."""
         self.task = task
-        keys = ("score", "ref_logprob", "kl", *(f"reward_parts/{part}" for part in PARTS))
+        keys = ("score", "ref_logprob", "kl", *(f"reward_parts/{part}" for part in (*PARTS, *task.reward.names)))
         self.latest = {key: torch.zeros(rows, device=task.device) for key in keys}
         self.history = {
             key: torch.zeros(rows, task.options.max_new_tokens, device=task.device)
@@ -79,6 +82,7 @@ class Payments:
             ("reward_parts/score", answers.earned),
             ("reward_parts/kl", charge),
             ("reward_parts/missing_eos", penalty),
+            *((f"reward_parts/{part}", amount) for part, amount in answers.parts.items()),
         ):
             self.latest[key][rows] = amount
         history["earned"][rows, steps] = answers.earned

@@ -74,7 +74,7 @@ def replay(
         if task.kl_source == "policy" and given is None:
             given = _ask_policy(task, ids, prompt_lengths, response_lengths, allowed)
     terminated, truncated = dynamics.endings(reasons, length_end=task.options.length_end)
-    paid, scores = _scores(task, prompt_ids, response_ids, mask, terminated)
+    paid, parts = _paid(task, prompt_ids, response_ids, terminated)
     last = steps == (response_lengths - 1)[:, None]
     penalty = -task.options.missing_eos_penalty * (last & (reasons == FinishReason.LENGTH)[:, None]).float()
     charges = kl.token_charges(given, ref, kl_coef=task.kl_coef, kl_source=task.kl_source)
@@ -85,10 +85,10 @@ def replay(
         response_lengths=response_lengths,
         mask=mask,
         rewards=paid + charges + penalty,
-        reward_parts={"score": paid, "kl": charges, "missing_eos": penalty},
+        reward_parts={"score": paid, "kl": charges, "missing_eos": penalty, **parts},
         ref_logprobs=ref,
         logprobs=given,
-        scores=scores,
+        scores=torch.where(terminated, paid.sum(1), torch.zeros_like(paid[:, 0])),
         scored=terminated,
         finish_reasons=reasons,
         terminated=terminated,
@@ -168,20 +168,17 @@ def _ask_policy(
     return result
 
 
-def _scores(
-    task: Task, prompts: list[list[int]], responses: list[list[int]], mask: Tensor, scored: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What the reward function pays each token, `[B, T]`, and its score of each response, `[B]`."""
-    paid, scores = torch.zeros(mask.shape, device=mask.device), torch.zeros(len(mask), device=mask.device)
-    if task.reward.per_token:
-        values = task.reward.token_values(prompts, responses)
-        rows = [torch.as_tensor(value, device=mask.device) for value in values]
-        paid = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-        return paid, torch.where(scored, paid.sum(1), scores)
-    rows = scored.nonzero()[:, 0].tolist()
-    values = task.reward.scores([prompts[row] for row in rows], [responses[row] for row in rows])
-    scores[scored] = torch.as_tensor(values, device=mask.device)
-    return torch.where(dynamics.last_slots(mask), scores[:, None], paid), scores
+def _paid(
+    task: Task, prompts: list[list[int]], responses: list[list[int]], scored: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What the reward function pays each token, and its parts, `[B, T]` each."""
+    paid = task.reward.pay(prompts, responses, scored.tolist())
+
+    def grid(rows: Sequence[np.ndarray]) -> Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(task.device)
+
+    return grid(paid.total), {name: grid(paid.parts[name]) for name in task.reward.names}
 
 
 def _pad(rows: list[list[int]], value: int, device: torch.device) -> Tensor:

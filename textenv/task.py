@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,10 +17,13 @@ from textenv.constraints.base import BoundConstraint, Vocabulary, as_constraint
 from textenv.kl import FixedKL, KLSource, as_controller
 from textenv.models import Shared
 from textenv.options import EnvOptions
-from textenv.prompts import Prompt, read_prompts, tokenize_prompts
+from textenv.prompt_streams import MixedPromptStream, PromptStream
+from textenv.prompts import Prompt, PromptMixture, read_prompts, tokenize_prompts
 from textenv.reference import Reference, only_allowed
-from textenv.rewards.base import Reward, TextDecoder, as_reward
-from textenv.rewards.classifier import ClassifierReward
+from textenv.rewards.base import TextDecoder
+from textenv.rewards.binding import as_reward
+from textenv.rewards.folders import load_reward
+from textenv.rewards.reward import Reward
 
 
 class Task:
@@ -47,13 +51,10 @@ class Task:
             models.check_tokenizer_fits(self.tokenizer, self.vocab_size)
         self.stop_token_ids = _stop_token_ids(options, self.tokenizer, self.vocab_size)
         self.stop_tensor = torch.tensor(self.stop_token_ids, dtype=torch.int64, device=self.device)
-        self.prompts = tokenize_prompts(
-            read_prompts(options.prompts if options.prompts is not None else embedded.PROMPTS),
-            self.tokenizer,
-            vocab_size=self.vocab_size,
-            max_prompt_tokens=options.max_prompt_tokens,
-            overflow=options.prompt_overflow,
-        )
+        parts = _read_sources(options)
+        self.prompts = self._tokenized([prompt for part, _ in parts for prompt in part], options.max_prompt_tokens)
+        self.shares = tuple((len(part), float(weight)) for part, weight in parts)
+        """Size and weight of each source of `prompts`, which stand one after the other."""
         self.max_prompt_tokens = options.max_prompt_tokens or max(map(len, self.prompts))
         self.columns = self.max_prompt_tokens + options.max_new_tokens
         _check_context(self.max_prompt_tokens, options.max_new_tokens, models.context_length(config))
@@ -109,13 +110,32 @@ class Task:
         """Token ids of prompts given at run time, held to this task's limits."""
         if isinstance(prompts, str):
             raise ValueError(f"prompts: expected a list of prompts, got one string, {prompts!r}")
+        return self._tokenized(prompts, self.max_prompt_tokens)
+
+    def _tokenized(self, prompts: Sequence[Prompt], max_prompt_tokens: int | None) -> list[list[int]]:
         return tokenize_prompts(
             prompts,
             self.tokenizer,
             vocab_size=self.vocab_size,
-            max_prompt_tokens=self.max_prompt_tokens,
+            max_prompt_tokens=max_prompt_tokens,
             overflow=self.options.prompt_overflow,
+            chat_template=self.options.chat_template,
         )
+
+    def prompt_stream(self, *, seed: int, group: int = 1) -> PromptStream | MixedPromptStream:
+        """The indices of its prompts, in the order in which an agent draws them."""
+        if len(self.shares) == 1:
+            return PromptStream(len(self.prompts), seed=seed, group=group)
+        sizes, weights = zip(*self.shares, strict=True)
+        return MixedPromptStream(sizes, weights, seed=seed, group=group)
+
+    def draw_prompt(self, rng: np.random.Generator) -> int:
+        """The index of one prompt by chance: a source by its weight, and any prompt of it alike."""
+        if len(self.shares) == 1:
+            return int(rng.integers(len(self.prompts)))
+        sizes, weights = (np.array(values) for values in zip(*self.shares, strict=True))
+        source = int(rng.choice(len(sizes), p=weights / weights.sum()))
+        return int(sizes[:source].sum() + rng.integers(sizes[source]))
 
     @torch.no_grad()
     def policy_logprobs(self, ids: Tensor, lengths: Tensor, actions: Tensor, allowed: Tensor | None = None) -> Tensor:
@@ -147,13 +167,18 @@ class Task:
     def _load_reward(self) -> Reward:
         reward = self.options.reward if self.options.reward is not None else embedded.REWARD
         if isinstance(reward, str | Path):
-            reward = ClassifierReward(
+            reward = load_reward(
                 reward,
                 device=self.device,
                 dtype=self.options.torch_dtype,
                 trust_remote_code=self.options.trust_remote_code,
             )
-        return as_reward(reward, tokenizer=self.tokenizer, stop_token_ids=self.stop_token_ids)
+        return as_reward(
+            reward,
+            tokenizer=self.tokenizer,
+            stop_token_ids=self.stop_token_ids,
+            max_new_tokens=self.options.max_new_tokens,
+        )
 
     def _load_reference(self, source: str | Path | Shared) -> Reference:
         model = models.load_causal_lm(
@@ -164,6 +189,14 @@ class Task:
             trust_remote_code=self.options.trust_remote_code,
         )
         return Reference(model, temperature=self.options.temperature)
+
+
+def _read_sources(options: EnvOptions) -> list[tuple[list[Prompt], float]]:
+    given = options.prompts if options.prompts is not None else embedded.PROMPTS
+    return [
+        (read_prompts(source, column=options.prompt_column, strict=options.prompt_strict), weight)
+        for source, weight in PromptMixture.of(given).sources
+    ]
 
 
 def _tokenizer(options: EnvOptions, source: str | Path | Shared) -> Any:

@@ -41,7 +41,8 @@ class ReplayRecord:
     rewards: Tensor
     """`[B, T]` float32: exactly what `step` would have paid under the same `kl_source`."""
     reward_parts: Mapping[str, Tensor]
-    """`[B, T]` each: `score`, `kl` and `missing_eos`; they sum to `rewards`."""
+    """`[B, T]` each: `score`, `kl` and `missing_eos`, which sum to `rewards`; then what the score was made of, by the
+    names that the reward function gives."""
     ref_logprobs: Tensor
     """`[B, T]` float32: log π_ref(a_t | s_t); zeros if the environment has no reference (β = 0)."""
     logprobs: Tensor | None
@@ -62,6 +63,12 @@ class ReplayRecord:
         if self.rewards.shape != self.mask.shape or self.ref_logprobs.shape != self.mask.shape:
             shapes = [tuple(tensor.shape) for tensor in (self.rewards, self.ref_logprobs)]
             raise ValueError(f"mask: expected that of rewards and ref_logprobs, {shapes}, got {tuple(self.mask.shape)}")
+
+    @property
+    def score_parts(self) -> dict[str, Tensor]:
+        """`[B]` each: what the reward function says that each score was made of."""
+        own = self.reward_parts.keys() - {"score", "kl", "missing_eos"}
+        return {name: part.sum(1) for name, part in self.reward_parts.items() if name in own}
 
     @property
     def attention_mask(self) -> Tensor:

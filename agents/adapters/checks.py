@@ -37,9 +37,15 @@ def check_learner(
         temperature: Of the policy's law; None: the environment's.
 
     Raises:
-        ValueError: If the vocabulary, the actions, the context length, the temperature or the device differ.
+        ValueError: If the vocabulary, the actions, the context length, the temperature or the device differ, or the
+            reward has running statistics.
     """
     check_policy(policy, task)
+    if task.reward.learns:
+        raise ValueError(
+            "reward: expected one without running statistics, which only the native agents update, got "
+            f"{task.reward.function!r}"
+        )
     if actions is not None and not (isinstance(actions, spaces.Discrete) and int(actions.n) == task.vocab_size):
         # A wrapper that renumbers the actions, as TopKActions does: the policy's logits are of tokens.
         raise ValueError(f"envs: expected the actions to be the tokens, Discrete({task.vocab_size}), got {actions}")

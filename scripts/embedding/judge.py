@@ -4,24 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-_WORD = re.compile(r"[a-z']+")
-
-
-def read_lexicon(path: Path) -> dict[str, float]:
-    r"""Human valence of words, -4 to 4; the lexicon's emoticons and phrases are left out.
-
-    >>> import tempfile
-    >>> file = Path(tempfile.mkdtemp()) / "words.txt"
-    >>> _ = file.write_text("joy\t2.8\t0.7\t[]\n:)\t2.0\t1\t[]\n")
-    >>> read_lexicon(file)
-    {'joy': 2.8}
-    """
-    fields = (line.split("\t") for line in path.read_text(encoding="utf8").splitlines())
-    return {word[0]: float(word[1]) for word in fields if _WORD.fullmatch(word[0])}
+from textenv.rewards.lexicon import valence as lexicon_valence
+from textenv.rewards.lexicon import words
 
 
 def valence(text: str, lexicon: Mapping[str, float]) -> float:
@@ -30,7 +16,7 @@ def valence(text: str, lexicon: Mapping[str, float]) -> float:
     >>> valence("Joy, joy and pain.", {"joy": 2.8, "pain": -2.3})
     0.5
     """
-    return sum(lexicon.get(word, 0.0) for word in set(_WORD.findall(text.lower())))
+    return lexicon_valence(text, lexicon, distinct=True)
 
 
 def repetition(text: str) -> float:
@@ -39,8 +25,7 @@ def repetition(text: str) -> float:
     >>> repetition("so happy so happy so")
     0.5
     """
-    words = _WORD.findall(text.lower())
-    bigrams = list(itertools.pairwise(words))
+    bigrams = list(itertools.pairwise(words(text)))
     return 1.0 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
 
 

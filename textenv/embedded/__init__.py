@@ -1,4 +1,4 @@
-"""The small models and prompts that make ``gym.make("RLHF-Text-v0")`` work without arguments and without a network.
+"""The small models, prompts and corpus that make the default work without arguments and without a network.
 
 Nothing is loaded here; these are paths. ``MODEL_CARD.md`` beside this file says what the models are, how they were
 made and what they cannot do.
@@ -25,4 +25,10 @@ PROMPTS: Path = _FOLDER / "prompts.txt"
 HELDOUT: Path = _FOLDER / "heldout.txt"
 """Openings of stories to evaluate on, one per line; none is in ``PROMPTS``."""
 
-__all__ = ["HELDOUT", "PROMPTS", "REWARD", "STORYTELLER"]
+TALES: Path = _FOLDER / "corpus" / "tales.jsonl"
+"""Short tales that end, to fine-tune on: rows of `prompt` and `response`, of the openings in `PROMPTS`."""
+
+PREFERENCES: Path = _FOLDER / "corpus" / "preferences.jsonl"
+"""Pairs of continuations, the happier preferred by a noisy judge: rows of `prompt`, `chosen` and `rejected`."""
+
+__all__ = ["HELDOUT", "PREFERENCES", "PROMPTS", "REWARD", "STORYTELLER", "TALES"]

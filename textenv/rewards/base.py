@@ -1,28 +1,65 @@
-"""The reward protocol: what a reward function is given, what it may return, and how that is checked."""
+"""The reward protocol: what a reward function is given, what it may return, and what it may say of itself."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-import torch
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 
 class RewardFunction(Protocol):
     """A callable `(prompts, responses) -> scores`, one number a response.
 
-    It is given strings. Two attributes, both False where absent, change that:
+    It is given strings. Three attributes, which a plain function does not have, change that:
 
     - `wants_ids = True`: it is given lists of token ids, a stop token included.
     - `per_token = True` (with `wants_ids`): it returns, for each response, one value per token. Value t may depend only
       on the prompt and the tokens up to t, because the environment pays it at step t, before the rest is known.
+    - `part_names = ("a", "b")`: it returns `Scores(total, parts)`, the parts under these names and of the same form as
+      the total. Infos, records and metrics show them; only the total is paid.
     """
 
     def __call__(self, prompts: Sequence[Any], responses: Sequence[Any]) -> Any:
         """Score responses."""
         ...
+
+
+class Scores(NamedTuple):
+    """An answer that says what it was made of."""
+
+    total: Any
+    """What is paid: one number a response, or one array a response of a function with `per_token`."""
+    parts: Mapping[str, Any] = MappingProxyType({})
+    """By name, each of the form of `total`."""
+
+
+class RewardError(ValueError):
+    """A reward function raised, or gave an answer that is none; the message shows prompt and response."""
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """What a reward learns of the environment that it will serve: the argument of the optional method `bind`."""
+
+    tokenizer: Any = None
+    """The environment's tokenizer; None if it has none."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Ids that end a response."""
+    max_new_tokens: int | None = None
+    """Longest response; None: not known."""
+
+    @property
+    def decoder(self) -> TextDecoder:
+        """How ids read.
+
+        Raises:
+            ValueError: If there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise ValueError("tokenizer: expected one, because the reward is given text, got None")
+        return TextDecoder(self.tokenizer, self.stop_token_ids)
 
 
 @dataclass(frozen=True)
@@ -59,117 +96,29 @@ def _common(whole: str, start: str) -> int:
     return next(i for i, (a, b) in enumerate(zip(whole + "\0", start + "\1", strict=False)) if a != b)
 
 
-@dataclass(frozen=True)
-class Reward:
-    """A reward function with its inputs prepared and its answers checked."""
-
-    function: RewardFunction
-    """The user's."""
-    decoder: TextDecoder | None
-    """None if the function wants ids."""
-    per_token: bool
-    """Whether it returns one value per token."""
-
-    def scores(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> np.ndarray:
-        """One score a response, float32 `[n]`."""
-        return np.array([values.sum() for values in self._ask(prompts, responses)], dtype=np.float32)
-
-    def token_values(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        """One value per token, a float32 array for each response."""
-        return self._ask(prompts, responses)
-
-    def _ask(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[np.ndarray]:
-        if not prompts:
-            return []
-        shown = ([list(p) for p in prompts], [list(r) for r in responses])
-        given = self.decoder(*shown) if self.decoder else shown
-        try:
-            answers = self.function(*given)
-        except Exception as error:
-            if len(prompts) > 1:
-                self._find_culprit(*given, error)
-            raise ValueError(f"reward: raised {_describe(error)} for {_where(given, 0)}") from error
-        return self._checked(answers, given)
-
-    def _find_culprit(self, prompts: Sequence[Any], responses: Sequence[Any], error: Exception) -> None:
-        """Ask again one by one, so that the error can say which response it was."""
-        for row in range(len(prompts)):
-            try:
-                self.function(prompts[row : row + 1], responses[row : row + 1])
-            except Exception as again:
-                where = _where((prompts, responses), row)
-                raise ValueError(f"reward: raised {_describe(again)} for {where}") from error
-        raise ValueError(
-            f"reward: raised {_describe(error)} for {len(prompts)} responses together, the first being "
-            f"{_where((prompts, responses), 0)}"
-        ) from error
-
-    def _checked(self, answers: Any, given: tuple[Sequence[Any], Sequence[Any]]) -> list[np.ndarray]:
-        responses = given[1]
-        if isinstance(answers, torch.Tensor):
-            answers = answers.detach().float().cpu().numpy()
-        if not isinstance(answers, Sequence | np.ndarray) or len(answers) != len(responses):
-            raise ValueError(f"reward: expected {len(responses)} scores, one a response, got {_count(answers)}")
-        rows = []
-        for row, answer in enumerate(answers):
-            values = _as_array(answer)
-            expected = (len(responses[row]),) if self.per_token else ()
-            if values is None or values.shape != expected:
-                wanted = _expected(self.per_token, responses[row])
-                raise ValueError(f"reward: expected {wanted}, got {answer!r} for {_where(given, row)}")
-            if not np.isfinite(values).all():
-                raise ValueError(f"reward: expected finite scores, got {answer!r} for {_where(given, row)}")
-            rows.append(values)
-        return rows
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)*", re.ASCII)
+RESERVED = frozenset({"score", "kl", "missing_eos", "mean", "std"})
+"""What infos and metrics call their own beside the parts."""
 
 
-def _as_array(answer: Any) -> np.ndarray | None:
-    try:
-        if isinstance(answer, torch.Tensor):
-            answer = answer.detach().float().cpu().numpy()
-        return np.asarray(answer, dtype=np.float32)
-    except (TypeError, ValueError):
-        return None
-
-
-def _expected(per_token: bool, response: Any) -> str:
-    if per_token:
-        return f"{len(response)} values, one per token"
-    return "one number a response (an object that returns one value per token says so with per_token = True)"
-
-
-def _count(answers: Any) -> str:
-    return f"{len(answers)}" if isinstance(answers, Sequence | np.ndarray) else repr(answers)
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
-def _where(given: tuple[Sequence[Any], Sequence[Any]], row: int) -> str:
-    return f"prompt {given[0][row]!r} and response {given[1][row]!r}"
-
-
-def as_reward(function: Any, *, tokenizer: Any, stop_token_ids: Sequence[int]) -> Reward:
-    """Prepare a reward function.
+def check_names(names: Sequence[str], *, argument: str, reserved: bool = False) -> tuple[str, ...]:
+    """Names of parts: letters, digits and `_.-`, in levels divided by slashes.
 
     Args:
-        function: A callable or reward object.
-        tokenizer: Decodes for functions that want strings; may be None for those that want ids.
-        stop_token_ids: Cut off the end of the strings.
+        names: Of the parts.
+        argument: For error messages.
+        reserved: Whether the names of the environment's own parts are refused.
 
     Raises:
-        ValueError: If it is not callable, wants strings without a tokenizer, or is per token without ids.
+        ValueError: For a name of another form, a name given twice, or a reserved one.
     """
-    if not callable(function):
-        raise ValueError(
-            f"reward: expected a folder, a hub name or a callable (prompts, responses) -> scores, got {function!r}"
-        )
-    wants_ids = bool(getattr(function, "wants_ids", False))
-    per_token = bool(getattr(function, "per_token", False))
-    if per_token and not wants_ids:
-        raise ValueError("reward: expected wants_ids = True with per_token = True (text has no tokens), got False")
-    if not wants_ids and tokenizer is None:
-        raise ValueError("tokenizer: expected one, because the reward is given text, got None")
-    decoder = None if wants_ids else TextDecoder(tokenizer, frozenset(stop_token_ids))
-    return Reward(function, decoder, per_token)
+    if isinstance(names, str):
+        raise ValueError(f"{argument}: expected a sequence of names, got the string {names!r}")
+    for name in names:
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise ValueError(f"{argument}: expected names of letters, digits and '_.-', got {name!r}")
+        if reserved and name in RESERVED:
+            raise ValueError(f"{argument}: expected none of {', '.join(sorted(RESERVED))}, got {name!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{argument}: expected each name once, got {list(names)}")
+    return tuple(names)

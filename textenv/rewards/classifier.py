@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from textenv.models import load_classifier
+from textenv.rewards.batching import by_length, check_lengths, padded
 
 
 class ClassifierReward:
@@ -57,30 +58,23 @@ class ClassifierReward:
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Scores `[n]` of prompt + response."""
         rows = self.tokenizer([p + r for p, r in zip(prompts, responses, strict=True)])["input_ids"]
-        for row, ids in enumerate(rows):
-            if not ids or (self.context is not None and len(ids) > self.context):
-                raise ValueError(f"expected 1 to {self.context} tokens, got {len(ids)} in text {row}")
+        check_lengths([len(ids) for ids in rows], self.context)
         return self.score_ids(rows)
 
     @torch.no_grad()
     def score_ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Scores `[n]` of token-id rows, in batches of similar lengths."""
         scores = torch.empty(len(rows))
-        order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
-        while order:
-            width = len(rows[order[-1]])
-            batch = order[-max(1, self.batch_tokens // width) :]
-            del order[-len(batch) :]
+        for batch in by_length([len(ids) for ids in rows], self.batch_tokens):
             scores[batch] = self._forward([rows[row] for row in batch]).cpu()
         return scores
 
     def _forward(self, rows: Sequence[Sequence[int]]) -> Tensor:
         device = self.model.device
-        lengths = torch.tensor([len(ids) for ids in rows], device=device)
-        padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in rows], batch_first=True).to(device)
-        mask = torch.arange(padded.shape[1], device=device) < lengths[:, None]
+        ids, lengths = padded(rows, device)
+        mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         backbone = getattr(self.model, self.model.base_model_prefix)
-        hidden = backbone(input_ids=padded, attention_mask=mask.long(), use_cache=False).last_hidden_state
+        hidden = backbone(input_ids=ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(rows), device=device), lengths - 1]
         head = self.model.score
         bias = None if head.bias is None else head.bias.float()
