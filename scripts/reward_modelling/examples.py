@@ -1,0 +1,130 @@
+"""What a reward model learns from: rows of data become examples, on two sides."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+Task = Literal["pairs", "ranked", "ratings", "labels"]
+
+COLUMNS: dict[Task, tuple[str, ...]] = {
+    "pairs": ("chosen", "rejected"),
+    "ranked": ("response", "rating"),
+    "ratings": ("response", "rating"),
+    "labels": ("response", "label"),
+}
+"""What each row must have, beside the prompt, which may be empty."""
+
+_WORDS = {"1": 1.0, "true": 1.0, "good": 1.0, "yes": 1.0, "0": 0.0, "false": 0.0, "bad": 0.0, "no": 0.0}
+
+
+class Text(NamedTuple):
+    """What is scored."""
+
+    prompt: str
+    response: str
+
+
+class Example(NamedTuple):
+    """A comparison or a judged text."""
+
+    texts: tuple[Text, ...]
+    """The better and the worse of a comparison, else one."""
+    target: float = 0.0
+    """The margin of a comparison, else the rating or the label (1 good, 0 bad)."""
+    gap: float | None = None
+    """By how much the better one is rated higher, where that is known."""
+
+
+def split(
+    rows: Sequence[Mapping[str, Any]], fraction: float, seed: int, by: str | None = None
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    """Training and held-out rows; rows of one group stay on one side.
+
+    Args:
+        rows: With the key `by`, if it is given.
+        fraction: Share of the groups that is held out.
+        seed: Which groups.
+        by: Rows that have the same value here are a group; None: rows that have the same prompt, each row without a
+            prompt being one of its own.
+
+    Raises:
+        ValueError: If a side would be empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"fraction: expected a share between 0 and 1, got {fraction}")
+    keys = [_group(row, number, by) for number, row in enumerate(rows)]
+    groups = list(dict.fromkeys(keys))
+    if len(groups) < 2:
+        raise ValueError(f"split_by: expected rows of at least 2 groups, got {len(groups)} ({by or 'prompt'})")
+    count = min(max(1, round(fraction * len(groups))), len(groups) - 1)
+    unseen = {groups[place] for place in np.random.default_rng(seed).permutation(len(groups))[:count]}
+    training = [row for row, key in zip(rows, keys, strict=True) if key not in unseen]
+    return training, [row for row, key in zip(rows, keys, strict=True) if key in unseen]
+
+
+def _group(row: Mapping[str, Any], number: int, by: str | None) -> Hashable:
+    if by is not None:
+        return str(row[by])
+    return str(row["prompt"]) if row["prompt"] else number
+
+
+def comparisons(rows: Sequence[Mapping[str, Any]]) -> tuple[list[Example], int]:
+    """Comparisons of rows with `prompt`, `chosen`, `rejected` and perhaps a `margin`; how many ties were dropped."""
+    found = []
+    for row in rows:
+        if row["chosen"] != row["rejected"]:
+            texts = tuple(Text(row["prompt"] or "", row[side]) for side in ("chosen", "rejected"))
+            margin = row.get("margin")
+            found.append(Example(texts, margin or 0.0, margin))
+    return found, len(rows) - len(found)
+
+
+def judged(rows: Sequence[Mapping[str, Any]], key: Literal["rating", "label"]) -> list[Example]:
+    """Examples of rows with `prompt`, `response`, and a number under the key."""
+    return [Example((Text(row["prompt"] or "", row["response"]),), row[key]) for row in rows]
+
+
+def as_label(value: Any) -> float:
+    """1 for good, 0 for bad.
+
+    >>> [as_label(value) for value in (True, 0, "Good", "no")]
+    [1.0, 0.0, 1.0, 0.0]
+
+    Raises:
+        ValueError: For anything but 1, 0, true, false, good, bad, yes and no.
+    """
+    number = value if isinstance(value, bool | str) else _whole(value)
+    label = _WORDS.get(str(number).strip().lower())
+    if label is None:
+        raise ValueError(f"label: expected one of {', '.join(_WORDS)}, got {value!r}")
+    return label
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def draw_comparisons(ratings: Sequence[Example], *, min_gap: float, rounds: int, seed: int) -> list[Example]:
+    """Comparisons of random pairs whose ratings are more than `min_gap` apart.
+
+    Each round pairs all texts at random, each with one other, and keeps the pairs that are far enough apart; no pair
+    comes twice.
+
+    Raises:
+        ValueError: If there is no such pair.
+    """
+    chooser, found = np.random.default_rng(seed), {}
+    for _ in range(rounds):
+        order = chooser.permutation(len(ratings)).tolist()
+        half = len(order) // 2
+        for a, b in zip(order[:half], order[half:], strict=False):
+            gap = ratings[a].target - ratings[b].target
+            texts = ratings[a].texts + ratings[b].texts
+            if abs(gap) > min_gap and texts[0] != texts[1]:
+                found.setdefault(frozenset((a, b)), Example(texts if gap > 0 else texts[::-1], gap=abs(gap)))
+    if not found:
+        raise ValueError(f"min_gap: expected ratings more than {min_gap} apart, got none among {len(ratings)}")
+    return list(found.values())
