@@ -14,8 +14,11 @@ import torch
 
 from agents.policy import ValueHeadLM
 from agents.rollout import sample_responses
-from agents.sampling import Sampler, TransformersSampler
+from agents.sampling import Fingerprint, Sampler, TransformersSampler
+from agents.sampling.sync import check_synced
 from textenv.prompts import Prompt
+from textenv.task import Task
+from textenv.types import ReplayRecord
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,18 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     >>> distinct_n(["a b a b", "a b"], 2)
     0.5
     """
-    words = [text.lower().split() for text in texts]
-    grams = [tuple(row[i : i + n]) for row in words for i in range(len(row) - n + 1)]
+    grams = [gram for text in texts for gram in ngrams(text, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """A text's word n-grams, in lower case, split at white space.
+
+    >>> ngrams("The cat sat.", 2)
+    [('the', 'cat'), ('cat', 'sat.')]
+    """
+    words = text.lower().split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 @torch.no_grad()
@@ -86,6 +98,7 @@ def evaluate(
     sampler: Sampler | None = None,
     seed: int = 0,
     autocast: Callable[[], AbstractContextManager] = nullcontext,
+    trained: Fingerprint | None = None,
 ) -> Evaluation:
     """Sample one response a prompt and score it.
 
@@ -96,10 +109,35 @@ def evaluate(
         sampler: None: `TransformersSampler(policy)`.
         seed: Of the samples; the same seed gives the same responses.
         autocast: Makes the context of sampling; reference and reward stay in the environment's precision.
+        trained: The weights that the sampler was given; None: it is not asked whether it has them.
 
     Raises:
         ValueError: If there are no prompts, or the policy has another vocabulary than the environment.
+        SamplerMismatch: If the sampler drew from other weights than `trained`.
     """
+    task = envs.unwrapped.task
+    ids, record = draw(policy, envs, prompts, sampler, seed, autocast, trained)
+    texts = texts_of(task, ids, record)
+    return Evaluation(
+        prompts=list(texts[0]),
+        responses=list(texts[1]),
+        scores=record.scores.tolist(),
+        kls=kls_of(task, record),
+        lengths=record.response_lengths.tolist(),
+        finish_reasons=record.finish_reasons.tolist(),
+    )
+
+
+def draw(
+    policy: ValueHeadLM,
+    envs: Any,
+    prompts: Sequence[Prompt],
+    sampler: Sampler | None,
+    seed: int,
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+    trained: Fingerprint | None = None,
+) -> tuple[list[list[int]], ReplayRecord]:
+    """The prompts as ids, and one response to each through the MDP; arguments and errors as of `evaluate`."""
     task = envs.unwrapped.task
     if not len(prompts):
         raise ValueError("prompts: expected at least one, got none")
@@ -108,20 +146,28 @@ def evaluate(
     ids = task.tokenize(prompts)
     with autocast():
         samples = sample_responses(sampler or TransformersSampler(policy), task, ids, seed)
+    if trained is not None:
+        check_synced(trained, samples.fingerprint)
     # The sampler's own log-probs: these are the sampled policy's.
-    record = envs.unwrapped.replay(ids, samples.responses, samples.logprobs)
-    kls = torch.zeros(len(ids))
-    if task.reference is not None and record.logprobs is not None:
-        kls = torch.where(record.mask, record.logprobs - record.ref_logprobs, 0.0).sum(1)
+    return ids, envs.unwrapped.replay(ids, samples.responses, samples.logprobs)
+
+
+def kls_of(task: Task, record: ReplayRecord) -> list[float]:
+    """Σ_t log π − log π_ref of each response; zeros without a reference."""
+    if task.reference is None or record.logprobs is None:
+        return [0.0] * len(record.mask)
+    return torch.where(record.mask, record.logprobs - record.ref_logprobs, 0.0).sum(1).tolist()
+
+
+def responses_of(record: ReplayRecord) -> list[list[int]]:
+    """The token ids of each response, stop tokens included."""
+    spans = zip(record.ids.tolist(), record.prompt_lengths.tolist(), record.response_lengths.tolist(), strict=True)
+    return [row[prompt : prompt + response] for row, prompt, response in spans]
+
+
+def texts_of(task: Task, ids: Sequence[Sequence[int]], record: ReplayRecord) -> tuple[list[str], list[str]]:
+    """Prompts and responses as text, as the ids where there is no tokenizer."""
+    responses = responses_of(record)
     if task.tokenizer is None:
-        texts = [str(row) for row in ids], [str(row) for row in samples.responses]
-    else:
-        texts = task.text_decoder(ids, samples.responses)
-    return Evaluation(
-        prompts=list(texts[0]),
-        responses=list(texts[1]),
-        scores=record.scores.tolist(),
-        kls=kls.tolist(),
-        lengths=record.response_lengths.tolist(),
-        finish_reasons=record.finish_reasons.tolist(),
-    )
+        return [str(list(row)) for row in ids], [str(row) for row in responses]
+    return task.text_decoder(ids, responses)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from agents.tracking import number
 
@@ -67,13 +67,11 @@ def learning_curve(rows: Rows, before: Evaluation, colours: Mapping[str, str] = 
         before: Evaluation of the untrained policy: the band.
         colours: `LIGHT` or `DARK`.
     """
-    from matplotlib import font_manager, rc_context
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    installed = set(font_manager.get_font_names())
-    fonts = [font for font in FONTS if font in installed]
-    with rc_context({"font.family": fonts or "sans-serif", "font.size": 10.5, "axes.unicode_minus": True}):
+    with rc_context(typeface()):
         figure = Figure(figsize=(8.6, 5.6), facecolor=colours["paper"])
         FigureCanvasAgg(figure)
         score, kl = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
@@ -87,6 +85,15 @@ def learning_curve(rows: Rows, before: Evaluation, colours: Mapping[str, str] = 
         figure.subplots_adjust(left=0.045, right=0.87, top=0.92, bottom=0.09, hspace=0.34)
         figure.canvas.draw()
     return figure
+
+
+def typeface() -> dict[Any, Any]:
+    """Matplotlib's settings of type: the first of `FONTS` that are installed."""
+    from matplotlib import font_manager
+
+    installed = set(font_manager.get_font_names())
+    fonts = [font for font in FONTS if font in installed]
+    return {"font.family": fonts or "sans-serif", "font.size": 10.5, "axes.unicode_minus": True}
 
 
 def draw_band(axes: Axes, summary: Mapping[str, float], last: float, colours: Mapping[str, str]) -> None:

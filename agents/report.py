@@ -11,7 +11,7 @@ import base64
 import html
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,20 +186,36 @@ def report_html(
         iterations: How many iterations were trained.
         title: Heading of the page.
     """
-    from jinja2 import Environment, StrictUndefined
+    values = {
+        "title": title,
+        "iterations": iterations,
+        "headlines": headlines(before, after),
+        "samples": samples(before, after),
+        "settings": flat(config),
+        "light": base64.b64encode(light).decode(),
+        "dark": base64.b64encode(dark).decode(),
+    }
+    return render("report_template.html", values)
 
-    source = Path(__file__).with_name("report_template.html").read_text(encoding="utf8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "sign": sign}
-    return environment.from_string(source).render(
-        title=title,
-        iterations=iterations,
-        headlines=[asdict(headline) for headline in headlines(before, after)],
-        samples=samples(before, after),
-        settings=flat(config),
-        light=base64.b64encode(light).decode(),
-        dark=base64.b64encode(dark).decode(),
+
+def render(template: str, values: Mapping[str, Any]) -> str:
+    """A page of one of the templates beside this file, every value escaped.
+
+    Args:
+        template: Its file name.
+        values: All that it names, or jinja2 raises.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters |= {"number": number, "sign": sign}
+    return environment.get_template(template).render(values)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,62 +1,141 @@
-"""Evaluate a policy on held-out prompts, beside the model it started from.
+"""Evaluate policies on held-out prompts, beside the model they started from.
 
-python scripts/evaluate.py --model runs/ppo/policy
-python scripts/evaluate.py --model my-policy --env.reward my-reward-model --env.heldout heldout.txt
+Writes `evaluation.json`, `evaluation.md`, `frontier.png` and `report.html`, one page that needs no other file.
+docs/evaluation.md says what each number is. A policy is a folder, a hub name, or `name=folder`; checkpoints of a run,
+or runs with different β, become the frontier of score against KL.
+
+    python scripts/evaluate.py --model runs/ppo/policy
+    python scripts/evaluate.py --model runs/ppo/policy --second-reward distinct-2 --responses 4
+    python scripts/evaluate.py --model β0.1=runs/b0.1/policy --others β0.2=runs/b0.2/policy β0=runs/b0/policy
+    python scripts/evaluate.py --model my-policy --env.reward my_rewards:helpful --second-reward my-other-reward-model
 """
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
 from rich.console import Console
 
 import textenv
-from agents import Evaluation, ValueHeadLM, evaluate
-from agents.report import print_comparison
-from scripts.options import EnvFlags, device_of, heldout_prompts, make_env, run
+from agents import ValueHeadLM
+from agents.assessment import Assessment, assess
+from agents.evaluation_metrics import SecondReward, compare, distinct, second_score
+from agents.evaluation_report import print_evaluation, write_evaluation
+from scripts.options import EnvFlags, bound_reward, device_of, heldout_prompts, make_env, run
+from textenv.rewards.reward import Reward
+from textenv.task import Task
 
 
 @dataclass(frozen=True)
 class Flags:
-    """Evaluate a policy."""
+    """Evaluate policies."""
 
     model: str
-    """Folder or hub name of the policy."""
+    """Folder or hub name of the policy, or `name=folder`."""
+    others: tuple[str, ...] = ()
+    """Further policies."""
     baseline: str | None = None
-    """Folder or hub name of what it is compared with; the reference if absent."""
+    """What all are compared with; the reference if absent."""
+    second_reward: str | None = None
+    """A reward that training never saw: a folder, a hub name, `module:attribute`, or `distinct-1`, `-2`, `-3`; or
+    `name=` and one of these."""
+    tolerance: float = 0.0
+    """How far the second reward may fall, in its own units, before a policy counts as over-optimised."""
+    responses: int = 1
+    """Responses to each prompt."""
     env: EnvFlags = field(default_factory=EnvFlags)
-    samples: int = 4
-    """Samples to print side by side."""
+    """`kl_coef`, `kl_target` and `length_end` mean nothing here: every response is scored, none is charged."""
+    samples: int = 3
+    """Prompts to print with the policies' responses."""
     seed: int = 0
-    """Of the samples."""
-    out: Path | None = None
-    """A JSON file for prompts, responses, scores and KLs."""
+    """Of the baseline's samples; each policy has the next one, so that their draws are independent."""
+    out: Path = Path("runs/evaluation")
+    """Folder of what is written."""
     threads: int | None = None
     """CPU threads; PyTorch's choice if absent."""
 
 
 def main(flags: Flags) -> None:
-    """Sample from both and compare."""
+    """Sample from each, measure, compare, write."""
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
-    prompts, envs = heldout_prompts(flags.env), make_env(flags.env)
-    baseline = flags.baseline or flags.env.reference or textenv.embedded.STORYTELLER
-    evaluations: list[Evaluation] = []
-    for source in (baseline, flags.model):
+    policies = named_policies(flags)
+    # A reference is needed whatever β was, and every response is to be scored.
+    options = replace(flags.env, kl_coef=1.0, kl_target=None, length_end="terminate")
+    prompts, envs = heldout_prompts(flags.env), make_env(options)
+    given = flags.second_reward
+    title, source = ("Second reward", None) if given is None else named(Path(given).name, given)
+    second, reward = second_reward(source, envs.unwrapped.task)
+    assessments: list[Assessment] = []
+    for number, (name, source) in enumerate(policies.items()):
         policy = ValueHeadLM.from_pretrained(
             source, device=device_of(flags.env.device), trust_remote_code=flags.env.trust_remote_code
         )
-        evaluations.append(evaluate(policy, envs, prompts, seed=flags.seed))
-    print_comparison(Console(), *evaluations, limit=flags.samples)
-    if flags.out is not None:
-        flags.out.parent.mkdir(parents=True, exist_ok=True)
-        names = ("baseline", "model")
-        result = {name: {"summary": e.summary} | e.as_dict() for name, e in zip(names, evaluations, strict=True)}
-        flags.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf8")
+        assessments.append(
+            assess(
+                policy,
+                envs,
+                prompts,
+                name=name,
+                per_prompt=flags.responses,
+                second_reward=None if reward is None else reward.scores,
+                seed=flags.seed + number,
+            )
+        )
+    results = compare(assessments, second, flags.tolerance)
+    write_evaluation(flags.out, results, asdict(flags), second_name=title)
+    console = Console()
+    print_evaluation(console, results, second_name=title, limit=flags.samples)
+    console.print(f"[dim]report[/] {flags.out}/report.html", highlight=False)
+
+
+def named_policies(flags: Flags) -> dict[str, Any]:
+    """The baseline, the policy and the others: each name with its folder.
+
+    Raises:
+        ValueError: If two have one name.
+    """
+    reference = flags.env.reference or textenv.embedded.STORYTELLER
+    pairs = [named("baseline", flags.baseline) if flags.baseline else ("reference", reference)]
+    pairs.append(named("model", flags.model))
+    pairs += [named(label(source, flags.others), source) for source in flags.others]
+    names = [name for name, _ in pairs]
+    if len(set(names)) != len(names):
+        raise ValueError(f"others: expected a name of its own for each policy (name=folder), got {names}")
+    return dict(pairs)
+
+
+def named(name: str, source: str) -> tuple[str, str]:
+    """`name=folder` in two, where the name may hold a `=`; a folder without a name gets the one given."""
+    match = None if Path(source).exists() else re.fullmatch(r"([^/]+)=(.+)", source)
+    return (match[1], match[2]) if match else (name, source)
+
+
+def label(source: str, others: Sequence[str]) -> str:
+    """A folder's name among others: as much of its end as tells it apart."""
+    parts = [Path(other).parts for other in others]
+    mine = Path(source).parts
+    for count in range(1, len(mine) + 1):
+        if sum(other[-count:] == mine[-count:] for other in parts) == 1:
+            return "/".join(mine[-count:])
+    return source
+
+
+def second_reward(name: str | None, task: Task) -> tuple[SecondReward | None, Reward | None]:
+    """How the second reward sums up an assessment, and what scores single responses, where something does."""
+    if name is None:
+        return None, None
+    match = re.fullmatch(r"distinct-([123])", name)
+    if match:
+        return partial(distinct, n=int(match[1])), None
+    return second_score, bound_reward(name, "second_reward", task)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import pkgutil
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
@@ -12,6 +16,10 @@ import torch
 
 import textenv
 from textenv.kl import AdaptiveKL
+from textenv.rewards.binding import as_reward
+from textenv.rewards.folders import load_reward
+from textenv.rewards.reward import Reward
+from textenv.task import Task
 
 
 @dataclass(frozen=True)
@@ -21,11 +29,19 @@ class EnvFlags:
     reference: str | None = None
     """Folder or hub name of the frozen reference; if absent, the model trained, else the embedded storyteller."""
     reward: str | None = None
-    """Folder or hub name of the reward model; the embedded one if absent."""
-    prompts: str | None = None
-    """A .txt or .jsonl file of prompts to train on; the embedded openings if absent."""
+    """Folder or hub name of a reward model, or `module:attribute`, an object or function of yours; the embedded model
+    if absent."""
+    prompts: tuple[str, ...] | None = None
+    """Files of prompts to train on (.txt, .jsonl, .json, .csv, .tsv or .parquet), each drawn alike, or by its weight if
+    written file=weight; the embedded openings if absent."""
     heldout: str | None = None
-    """A .txt or .jsonl file of prompts to evaluate on; the embedded held-out openings if absent."""
+    """A file of prompts to evaluate on; the embedded held-out openings if absent."""
+    prompt_column: str = "prompt"
+    """The column of the prompts in a file that has columns."""
+    prompt_strict: bool = True
+    """Whether a row that is no prompt is an error, or skipped and told."""
+    chat_template: bool = False
+    """Whether a prompt that is text becomes what the user says in the tokenizer's chat template."""
     tokenizer: str | None = None
     """Folder or hub name of the tokenizer; the reference's if absent."""
     max_prompt_tokens: int | None = None
@@ -78,8 +94,11 @@ def make_env(
         autoreset_mode=autoreset_mode,
         kl_source=kl_source,
         reference=reference if reference is not None else flags.reference,
-        reward=flags.reward,
-        prompts=prompts if prompts is not None else flags.prompts,
+        reward=named_reward(flags.reward, "env.reward"),
+        prompts=prompts if prompts is not None else prompt_sources(flags.prompts),
+        prompt_column=flags.prompt_column,
+        prompt_strict=flags.prompt_strict,
+        chat_template=flags.chat_template,
         tokenizer=flags.tokenizer,
         max_prompt_tokens=flags.max_prompt_tokens,
         prompt_overflow=flags.prompt_overflow,
@@ -95,9 +114,68 @@ def make_env(
     )
 
 
+def named_reward(name: str | None, flag: str) -> Any:
+    """What a flag names: `module:attribute` becomes the object, a folder or hub name stays what it is.
+
+    Modules are looked for in the working directory, too.
+
+    Raises:
+        ValueError: Naming the flag, if the module or the attribute is not there or no reward.
+    """
+    if name is None or Path(name).exists() or not re.fullmatch(r"[\w.]+:[\w.]+", name):
+        return name
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{flag}: expected a module:attribute that is there, got {name!r} ({error})") from error
+    if isinstance(found, type) or not (callable(found) or callable(getattr(found, "bind", None))):
+        kind = f"the class {found.__name__}" if isinstance(found, type) else repr(found)
+        raise ValueError(f"{flag}: expected a function or a reward, got {kind} from {name!r}")
+    return found
+
+
+def bound_reward(name: str, flag: str, task: Task) -> Reward:
+    """The reward that a flag names, beside the task's own and given what that one is given.
+
+    Raises:
+        ValueError: If there is none, or it does not fit the task.
+    """
+    found, options = named_reward(name, flag), task.options
+    if isinstance(found, str):
+        found = load_reward(
+            found, device=task.device, dtype=options.torch_dtype, trust_remote_code=options.trust_remote_code
+        )
+    return as_reward(
+        found,
+        tokenizer=task.tokenizer,
+        stop_token_ids=task.stop_token_ids,
+        max_new_tokens=options.max_new_tokens,
+    )
+
+
 def heldout_prompts(flags: EnvFlags) -> list[Any]:
     """The prompts to evaluate on."""
-    return textenv.read_prompts(flags.heldout if flags.heldout is not None else textenv.embedded.HELDOUT)
+    source = flags.heldout if flags.heldout is not None else textenv.embedded.HELDOUT
+    return textenv.read_prompts(source, column=flags.prompt_column, strict=flags.prompt_strict)
+
+
+def prompt_sources(given: Sequence[str] | None) -> Any:
+    """Files with their weights, which stand behind the last `=`; None stays None.
+
+    >>> prompt_sources(["a.jsonl=2", "b=c.txt"]).sources
+    (('a.jsonl', 2.0), ('b=c.txt', 1.0))
+    """
+    return None if given is None else textenv.PromptMixture(tuple(map(_weighted, given)))
+
+
+def _weighted(given: str) -> tuple[str, float]:
+    name, _, weight = given.rpartition("=")
+    try:
+        return name, float(weight)
+    except ValueError:
+        return given, 1.0
 
 
 def run(main: Callable[[Any], None], flags: Any) -> None:
