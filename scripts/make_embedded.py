@@ -1,4 +1,4 @@
-"""Make the embedded models: a storyteller, its reward model, and openings.
+"""Make the embedded models: a storyteller, its reward model, openings, and a corpus.
 
     python -m scripts.make_embedded --material ../shared/material --output textenv/embedded
 
@@ -19,12 +19,13 @@ from transformers import LlamaForCausalLM
 
 from scripts.embedding.card import write_card
 from scripts.embedding.config import Config, log, shrink
-from scripts.embedding.judge import read_lexicon
+from scripts.embedding.corpus import write_corpus
 from scripts.embedding.openings import make_openings, openings_of
 from scripts.embedding.reward_model import train_reward_model
 from scripts.embedding.stories import read_real, read_sampled, sample_teacher
 from scripts.embedding.storyteller import train_storyteller
 from scripts.embedding.tokenization import load_tokenizer, story_rows, train_tokenizer
+from textenv.rewards import read_lexicon
 
 
 def make(config: Config) -> None:
@@ -67,9 +68,23 @@ def make(config: Config) -> None:
             config, model, tokenizer, train_on + extra, evaluate_on, train_on, lexicon, config.output / "reward"
         ),
     )
+    corpus_figures = config.work / "corpus.json"
+    _stage("corpus", corpus_figures, lambda: write_corpus(config, model, tokenizer, train_on, lexicon))
     figures = _architecture(config) | {"prompts": len(train_on), "heldout": len(evaluate_on)}
-    write_card(config.output, figures | _read(storyteller_figures) | _read(reward_figures))
+    made = (storyteller_figures, reward_figures, corpus_figures)
+    write_card(config.output, figures | {name: value for path in made for name, value in _read(path).items()})
     log("done")
+
+
+def make_corpus(config: Config) -> None:
+    """The corpus of models that are there; the card learns its size."""
+    tokenizer = load_tokenizer(config.output / "storyteller")
+    model: Any = LlamaForCausalLM.from_pretrained(config.output / "storyteller", dtype=torch.float32)
+    model.to(config.device).eval()
+    openings = (config.output / "prompts.txt").read_text(encoding="utf8").splitlines()
+    lexicon = read_lexicon(config.material / "data" / "vader_lexicon.txt")
+    figures = write_corpus(config, model, tokenizer, openings, lexicon)
+    write_card(config.output, _read(config.output / "card.json") | figures)
 
 
 def _write_openings(paths: Sequence[Path], *arguments: Any) -> None:
@@ -103,7 +118,8 @@ def main() -> None:
     """Make what the flags say."""
     import tyro
 
-    make(tyro.cli(Config, description=__doc__))
+    config = tyro.cli(Config, description=__doc__)
+    make_corpus(config) if config.corpus_only else make(config)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,8 @@ def read(page: str) -> str:
 def test_generated_parts_are_up_to_date(render: Any) -> None:
     assert read("docs/environment.md") == render.environment_page(), "run: python docs/_render.py"
     assert read("docs/ppo.md") == render.ppo_page(read("docs/ppo.md")), "run: python docs/_render.py"
+    hacking = read("docs/reward_hacking.md")
+    assert hacking == render.reward_hacking_page(hacking), "run: python docs/_render.py"
 
 
 def test_every_option_has_a_text(render: Any) -> None:
@@ -100,7 +102,9 @@ def run_page(page: Path) -> None:
             exec(compile("\n" * block.line + code, str(page), "exec"), namespace)  # lines as in the page
 
 
-@pytest.mark.parametrize("name", ["README.md", pytest.param("docs/quickstart.md", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/evaluation.md", pytest.param("docs/quickstart.md", marks=pytest.mark.slow)]
+)
 def test_snippets_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not textenv.embedded.STORYTELLER.exists():
         pytest.skip("the embedded models are not made yet")

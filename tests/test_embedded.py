@@ -11,10 +11,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from scripts.embedding.judge import read_lexicon, repetition, utility, valence
+from scripts.embedding.corpus import whole_sentences
+from scripts.embedding.judge import repetition, utility, valence
 from scripts.embedding.openings import Collector, cut
 from scripts.embedding.stories import clean, read_real
-from textenv.embedded import HELDOUT, PROMPTS, REWARD, STORYTELLER
+from textenv.embedded import HELDOUT, PREFERENCES, PROMPTS, REWARD, STORYTELLER, TALES
+from textenv.rewards import ClassifierReward, read_lexicon
 
 made = pytest.mark.skipif(not (REWARD / "model.safetensors").is_file(), reason="the embedded models are not made yet")
 MEGABYTE = 10**6
@@ -218,3 +220,32 @@ def test_every_stage_runs_at_toy_size_and_is_not_run_twice(material: Path, tmp_p
     times = {path: path.stat().st_mtime_ns for path in config.work.rglob("*")}
     make(config)
     assert {path: path.stat().st_mtime_ns for path in config.work.rglob("*")} == times
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf8").splitlines()]
+
+
+@made
+def test_tales_end_with_a_sentence_within_a_response() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(STORYTELLER)
+    openings, rows = set(PROMPTS.read_text(encoding="utf8").splitlines()), rows_of(TALES)
+    assert len(rows) > 2500
+    for row in rows:
+        assert row["prompt"] in openings and whole_sentences(row["response"]) == row["response"]
+        whole, start = (len(tokenizer.encode(text)) for text in (row["prompt"] + row["response"], row["prompt"]))
+        assert whole - start < 49
+
+
+@made
+def test_the_reward_model_finds_what_the_judge_prefers() -> None:
+    rows, scorer = rows_of(PREFERENCES)[::8], ClassifierReward(REWARD)
+    prompts = [row["prompt"] for row in rows]
+    assert all(row["chosen"] != row["rejected"] for row in rows)
+    gaps = scorer(prompts, [row["chosen"] for row in rows]) - scorer(prompts, [row["rejected"] for row in rows])
+    assert 0.7 < float((gaps > 0).float().mean()) < 0.95  # the judge is noisy
+
+
+def test_whole_sentences() -> None:
+    assert whole_sentences("no end") == ""
+    assert whole_sentences(" He ran.\n He fell! And th") == " He ran.\n He fell!"

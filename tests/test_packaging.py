@@ -72,7 +72,21 @@ def test_the_metadata_are_those_of_the_project(wheel: Path) -> None:
         metadata = HeaderParser().parsestr(archive.read(name).decode())
     assert (metadata["Name"], metadata["License-Expression"]) == ("textenv", "MIT")
     assert metadata["Requires-Python"] == ">=3.11"
-    extras = {"train", "lora", "data", "tianshou", "sb3", "torchrl", "grammar", "vllm", "bench", "test"}
+    extras = {
+        "train",
+        "finetune",
+        "lora",
+        "data",
+        "sklearn",
+        "tianshou",
+        "sb3",
+        "torchrl",
+        "grammar",
+        "judge",
+        "vllm",
+        "bench",
+        "test",
+    }
     assert set(metadata.get_all("Provides-Extra") or []) == extras
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import textenv
+from scripts.options import EnvFlags, heldout_prompts, make_env
 from tests.agent_fixtures import identical, weights
 
 tyro = pytest.importorskip("tyro")
@@ -57,6 +59,21 @@ def world(tmp_path: Path, tiny_lm_folder: Path, tiny_reward_folder: Path) -> lis
     return [word for name, value in options.items() for word in (f"--env.{name}", str(value))]
 
 
+def test_files_of_prompts_with_weights_columns_and_bad_rows(tmp_path: Path, world: list[str]) -> None:
+    (tmp_path / "more.csv").write_text("id,prompt\n1,w3 w4\n2,\n3,w5\n")
+    place = world.index("--env.prompts") + 1
+    words = [*world[:place], f"{world[place]}=1", f"{tmp_path / 'more.csv'}=2.5", *world[place + 1 :]]
+    flags = tyro.cli(EnvFlags, args=[word.replace("--env.", "--") for word in words])
+    with pytest.raises(ValueError, match=r"prompts: .*more.csv:3: expected text, ids, messages, or an object"):
+        make_env(flags)
+    with pytest.warns(UserWarning, match=r"more.csv: skipped 1 of 3 rows"):
+        task = make_env(replace(flags, prompt_strict=False)).unwrapped.task
+    assert task.shares == ((3, 1.0), (2, 2.5))
+    assert task.prompts == [[5, 6], [7], [8, 9, 10], [3, 4], [5]]
+    (tmp_path / "heldout.csv").write_text("q\nw6\n")
+    assert heldout_prompts(replace(flags, heldout=str(tmp_path / "heldout.csv"), prompt_column="q")) == ["w6"]
+
+
 PPO_FLAGS = ["--ppo.batch-episodes", "4", "--ppo.minibatches", "2", "--ppo.epochs", "1", "--threads", "1"]
 
 GROUPS = {
@@ -69,7 +86,7 @@ GROUPS = {
         "ppo options",
         "--ppo.gae-lambda",
     ],
-    "evaluate": ["--model", "--baseline", "env options", "--env.max-new-tokens", "--samples"],
+    "evaluate": ["--model", "--others", "--baseline", "--second-reward", "env options", "--env.max-new-tokens"],
     "chat": ["--model", "--prompt", "--temperature", "--samples"],
 }
 
@@ -203,14 +220,45 @@ def test_train_resume_evaluate_and_chat(tmp_path: Path, world: list[str], capsys
     assert json.loads((out / "checkpoint" / "trainer.json").read_text())["updates"] == 3
 
     capsys.readouterr()
-    run("evaluate", "--model", out / "policy", *world, "--out", tmp_path / "evaluation.json")
-    result = json.loads((tmp_path / "evaluation.json").read_text())
-    assert result["baseline"]["responses"] == before["responses"]  # the reference, with the same seed
+    run("evaluate", "--model", out / "policy", *world, "--out", tmp_path / "evaluation", "--env.kl-coef", 0)
+    result = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["results"]
+    assert result["reference"]["responses"] == before["responses"]  # with the same seed
     assert result["model"]["prompts"] == before["prompts"] == ["w11 w12", "w13"]
+    assert result["model"]["metrics"]["kl"]["value"] > 0  # whatever β is
     assert "w11 w12" in capsys.readouterr().out
 
     run("chat", "--model", out / "policy", "--prompt", "w5 w6", "--samples", 2, "--max-new-tokens", 4)
     assert capsys.readouterr().out.count("w5 w6") == 2
+
+
+def test_a_sampler_that_fails_ends_a_run_with_a_line_from_which_it_goes_on(
+    tmp_path: Path, world: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from agents.sampling import TransformersSampler
+    from agents.sampling.engine import SamplerFailure
+    from scripts import train_ppo
+
+    class Failing(TransformersSampler):
+        """Fails in the third rollout; the evaluation before the first is a call, too."""
+
+        calls = 0
+
+        def sample(self, *args: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls == 4:
+                raise SamplerFailure("the engine could not draw")
+            return super().sample(*args, **options)
+
+    make = train_ppo.make_sampler
+    monkeypatch.setattr(train_ppo, "make_sampler", lambda name, policy, *_: Failing(policy))
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    with pytest.raises(SystemExit, match=r"^error: the engine could not draw$"):
+        run("train_ppo", *world, *PPO_FLAGS, "--iterations", 3, "--out", out)
+    monkeypatch.setattr(train_ppo, "make_sampler", make)
+    run("train_ppo", *world, *PPO_FLAGS, "--iterations", 3, "--out", out, "--resume")
+    run("train_ppo", *world, *PPO_FLAGS, "--iterations", 3, "--out", whole)
+    rows = [json.loads((folder / "after.json").read_text()) for folder in (out, whole)]
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])

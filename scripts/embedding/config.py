@@ -21,7 +21,7 @@ class Config:
     material: Path
     """Folder with data/tinystories_sample.txt, data/vader_lexicon.txt and models/stories260K."""
     output: Path
-    """Folder that receives storyteller/, reward/, prompts.txt, heldout.txt, MODEL_CARD.md and card.json."""
+    """Folder that receives storyteller/, reward/, corpus/, prompts.txt, heldout.txt, MODEL_CARD.md and card.json."""
     work: Path = Path("runs/embedded")
     """Folder of the stages' results; a stage whose result is there is skipped."""
     device: str = "cpu"
@@ -30,6 +30,8 @@ class Config:
     """Run every stage at toy size, to test the program; the models are then worthless."""
     seed: int = 20
     """Seed of every stage."""
+    corpus_only: bool = False
+    """Make the corpus alone, of the storyteller and the openings that are in `output`."""
     compile: bool = True
     """On CUDA, try torch.compile on the training losses; if that fails, go on without."""
 

@@ -101,8 +101,11 @@ def degenerate(chooser: random.Random, honest: Sequence[str], happy: Sequence[st
     return [kind() for kind in chooser.sample(kinds, k=min(count, len(kinds)))]
 
 
-def _is_one_piece(tokenizer: Any, word: str) -> bool:
-    return len(encode(tokenizer, [f" {word}"])[0]) == 2  # BOS and the word
+def happy_words(tokenizer: Any, lexicon: Mapping[str, float]) -> list[str]:
+    """Those that the storyteller says in one piece."""
+    words = [word for word, value in lexicon.items() if value > 1.0]
+    pieces = encode(tokenizer, [f" {word}" for word in words])
+    return [word for word, ids in zip(words, pieces, strict=True) if len(ids) == 2] or ["happy"]  # BOS and the word
 
 
 def _first_sentence(text: str) -> str:
@@ -139,7 +142,7 @@ def collect_candidates(
         continuations(config, model, tokenizer, openings, each, seed=seed + 1, temperature=1.2),
         continuations(config, model, tokenizer, openings, each, seed=seed + 2, steering=bias),
     ]
-    happy = [word for word, value in lexicon.items() if value > 1.0 and _is_one_piece(tokenizer, word)] or ["happy"]
+    happy = happy_words(tokenizer, lexicon)
     chooser = random.Random(seed)
     texts: list[str] = []
     for groups in zip(*kinds, strict=True):

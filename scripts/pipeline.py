@@ -1,0 +1,193 @@
+"""From text and preferences to an aligned model and the evidence: fine-tuning, reward model, PPO, evaluation.
+
+Without flags it goes through on the embedded corpus in some minutes. Each stage is one of the other scripts, whose
+command line is shown; one whose result is there is skipped, one that was interrupted goes on where it can.
+
+    python scripts/pipeline.py
+    python scripts/pipeline.py --model my-model --tales my-tales.jsonl --preferences my-pairs.jsonl --out runs/mine
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+
+import textenv
+from scripts.options import run
+
+_COMMAND = "command.json"
+"""In each stage's folder: script and flags that made it."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The whole way from a language model to an aligned one."""
+
+    model: Path = textenv.embedded.STORYTELLER
+    """The language model to begin with."""
+    tales: Path = textenv.embedded.TALES
+    """What to imitate: rows of `prompt` and `response`."""
+    preferences: Path = textenv.embedded.PREFERENCES
+    """What people like: rows of `prompt`, `chosen` and `rejected`."""
+    prompts: Path = textenv.embedded.PROMPTS
+    """Prompts to learn on."""
+    heldout: Path = textenv.embedded.HELDOUT
+    """Prompts to evaluate on."""
+    second_reward: str = f"embedded reward={textenv.embedded.REWARD}"
+    """A reward that nothing learns from, to see whether the first one is fooled."""
+    sft_epochs: float = 2.0
+    """Passes over what is imitated."""
+    sft_learning_rate: float = 3e-4
+    """Its peak rate; it suits models of under a million parameters, 1e-5 one of billions."""
+    iterations: int = 80
+    """Updates of PPO."""
+    kl_coef: float = 0.15
+    """β, the price of a nat of KL."""
+    seed: int = 0
+    """Of every stage."""
+    threads: int = 1
+    """CPU threads."""
+    out: Path = Path("runs/pipeline")
+    """Folder of everything that is written."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One script and what it leaves behind."""
+
+    name: str
+    """Its folder in `out`."""
+    gives: str
+    """What comes of it, in words."""
+    command: tuple[str, ...]
+    """Script and flags."""
+    result: Path
+    """What is there once it is done."""
+    checkpoint: Path | None = None
+    """Where this is, `--resume` goes on."""
+
+
+def stages(flags: Flags) -> list[Stage]:
+    """What is done, in order."""
+    out, common = flags.out, ("--threads", str(flags.threads))
+    sft, reward, ppo, evaluation = (out / name for name in ("sft", "reward", "ppo", "evaluation"))
+    task = ("--env.reward", f"{reward}/model", "--env.heldout", str(flags.heldout))
+    return [
+        Stage(
+            "sft",
+            "the model that tells short tales: actor and reference of what follows",
+            (
+                *("train_sft.py", "--model", str(flags.model), "--data.train", str(flags.tales)),
+                *("--sft.epochs", str(flags.sft_epochs), "--sft.learning-rate", str(flags.sft_learning_rate)),
+                *("--sft.seed", str(flags.seed), "--out", str(sft), *common),
+            ),
+            sft / "summary.json",
+            sft / "checkpoints",
+        ),
+        Stage(
+            "reward",
+            "the reward model",
+            (
+                *("train_reward.py", "--data", str(flags.preferences), "--recipe.model", f"{sft}/model"),
+                *("--reference", str(flags.tales), "--recipe.seed", str(flags.seed), "--out", str(reward), *common),
+            ),
+            reward / "report.json",
+        ),
+        Stage(
+            "ppo",
+            "the actor after learning, with its critic",
+            (
+                *("train_ppo.py", "--policy.model", f"{sft}/model", *task, "--env.prompts", str(flags.prompts)),
+                *("--env.kl-coef", str(flags.kl_coef), "--iterations", str(flags.iterations)),
+                *("--ppo.seed", str(flags.seed), "--out", str(ppo), *common),
+            ),
+            ppo / "policy",
+            ppo / "checkpoint",
+        ),
+        Stage(
+            "evaluation",
+            "the evidence",
+            (
+                *("evaluate.py", "--model", f"{ppo}/policy", "--env.reference", f"{sft}/model", *task),
+                *("--second-reward", flags.second_reward, "--out", str(evaluation), *common),
+            ),
+            evaluation / "report.html",
+        ),
+    ]
+
+
+def main(flags: Flags) -> None:
+    """Run the stages that have no result yet."""
+    console, todo = Console(), stages(flags)
+    for number, stage in enumerate(todo, start=1):
+        console.rule(f"[bold]{number}  {stage.name}[/] → {stage.gives}", align="left")
+        if is_done(stage, flags.out):
+            console.print(f"[dim]{stage.result} is there[/]")
+            continue
+        start = time.perf_counter()
+        perform(stage, todo[number:], flags.out, console)
+        console.print(f"[dim]{time.perf_counter() - start:.0f} s[/]")
+    console.rule(align="left")
+    console.print(f"[bold]report[/] {flags.out}/evaluation/report.html   [bold]policy[/] {flags.out}/ppo/policy")
+
+
+def is_done(stage: Stage, out: Path) -> bool:
+    """Whether the result of this very command is there.
+
+    Raises:
+        ValueError: If something else is there.
+    """
+    if _folder(stage, out).exists() and not _is_begun(stage, out):
+        raise ValueError(
+            f"out: expected a folder of the same settings, got {out}, where {stage.name} was made with others; remove "
+            f"{_folder(stage, out)} to make it anew, or choose another folder"
+        )
+    return stage.result.exists()
+
+
+def perform(stage: Stage, later: Sequence[Stage], out: Path, console: Console) -> None:
+    """Run a stage's script, from its checkpoint if there is one; what was made of its earlier result is forgotten.
+
+    The command line stays beside what it makes.
+
+    Raises:
+        ValueError: If it fails.
+    """
+    resume = _is_begun(stage, out) and stage.checkpoint is not None and stage.checkpoint.exists()
+    for old in later if resume else (stage, *later):
+        for path in (old.result, old.checkpoint):
+            if path is not None and path.exists():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    script, *arguments = stage.command
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments, *(["--resume"] if resume else [])]
+    console.print(f"[dim]$ python scripts/{escape(shlex.join([script, *command[2:]]))}[/]", soft_wrap=True)
+    _folder(stage, out).mkdir(parents=True, exist_ok=True)
+    (_folder(stage, out) / _COMMAND).write_text(json.dumps(stage.command) + "\n", encoding="utf8")
+    code = subprocess.run(command).returncode
+    if code != 0:
+        raise ValueError(f"{stage.name}: expected exit status 0, got {code}; the same command goes on from here")
+
+
+def _folder(stage: Stage, out: Path) -> Path:
+    return out / stage.name
+
+
+def _is_begun(stage: Stage, out: Path) -> bool:
+    """Whether what is there was begun by this command."""
+    told = _folder(stage, out) / _COMMAND
+    return told.is_file() and json.loads(told.read_text(encoding="utf8")) == list(stage.command)
+
+
+if __name__ == "__main__":
+    run(main, tyro.cli(Flags, description=__doc__))

@@ -1,0 +1,122 @@
+"""The pipeline: which stages run, go on, or are made anew; and that the scripts know the flags they are given."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+from scripts import evaluate, pipeline, train_ppo, train_reward, train_sft
+from scripts.pipeline import Flags, main, stages
+
+NAMES = ["sft", "reward", "ppo", "evaluation"]
+
+
+class Runner:
+    """In place of `subprocess.run`: leaves checkpoint and result behind, or only a checkpoint where it is to fail."""
+
+    def __init__(self, flags: Flags) -> None:
+        self.flags, self.failing, self.ran = flags, "", []
+
+    def __call__(self, command: Sequence[str]) -> Any:
+        script, resumed = Path(command[1]).name, command[-1] == "--resume"
+        stage = next(stage for stage in stages(self.flags) if stage.command[0] == script)
+        assert not stage.result.exists()
+        self.ran.append(stage.name + (" resumed" if resumed else ""))
+        assert resumed == (stage.checkpoint is not None and stage.checkpoint.exists())
+        for path in (stage.checkpoint, None if stage.name == self.failing else stage.result):
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.mkdir(exist_ok=True) if not path.suffix else path.write_text("done")
+        return subprocess.CompletedProcess(command, int(stage.name == self.failing))
+
+    def again(self, failing: str = "") -> list[str]:
+        self.ran, self.failing = [], failing
+        if failing:
+            with pytest.raises(ValueError, match=f"^{failing}: expected exit status 0, got 1"):
+                main(self.flags)
+        else:
+            main(self.flags)
+        return self.ran
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runner:
+    found = Runner(Flags(out=tmp_path / "out"))
+    monkeypatch.setattr(pipeline.subprocess, "run", found)
+    return found
+
+
+def test_all_stages_run_once(runner: Runner) -> None:
+    assert runner.again() == NAMES
+    assert runner.again() == []
+
+
+def test_an_interrupted_stage_goes_on_where_it_can(runner: Runner) -> None:
+    assert runner.again(failing="ppo") == ["sft", "reward", "ppo"]
+    assert runner.again() == ["ppo resumed", "evaluation"]
+    assert runner.again() == []
+
+
+def test_one_without_checkpoints_begins_anew(runner: Runner) -> None:
+    assert runner.again(failing="reward") == ["sft", "reward"]
+    assert runner.again() == ["reward", "ppo", "evaluation"]
+
+
+def test_what_was_made_of_an_older_result_is_made_anew(runner: Runner) -> None:
+    runner.again()
+    shutil.rmtree(runner.flags.out / "reward")
+    assert runner.again(failing="reward") == ["reward"]
+    assert runner.again() == ["reward", "ppo", "evaluation"]  # PPO from its beginning: its checkpoint was of the older
+
+
+def test_other_settings_are_refused(runner: Runner) -> None:
+    runner.again()
+    other = Flags(out=runner.flags.out, kl_coef=0.3)
+    with pytest.raises(ValueError, match=r"^out: expected a folder of the same settings, got .* ppo was made with"):
+        main(other)
+
+
+def test_the_scripts_know_these_flags(tmp_path: Path) -> None:
+    known = {"sft": train_sft.Flags, "reward": train_reward.Flags, "evaluation": evaluate.Flags}
+    flags = Flags(out=tmp_path, iterations=7, kl_coef=0.25, seed=3)
+    by_name = {stage.name: list(stage.command[1:]) for stage in stages(flags)}
+    assert list(by_name) == NAMES
+    for name, kind in known.items():
+        tyro.cli(kind, args=by_name[name])
+    ppo = train_ppo.parse(by_name["ppo"])
+    assert (ppo.iterations, ppo.env.kl_coef, ppo.ppo.seed) == (7, 0.25, 3)
+    sft = tyro.cli(train_sft.Flags, args=by_name["sft"])
+    assert ppo.policy.model == f"{sft.out}/model"
+    reward = tyro.cli(train_reward.Flags, args=by_name["reward"])
+    assert ppo.env.reward == f"{reward.out}/model" and reward.recipe.model == f"{sft.out}/model"
+
+
+@pytest.mark.slow
+def test_the_whole_way(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, source, count in (
+        ("tales", Flags.tales, 64),
+        ("preferences", Flags.preferences, 64),
+        ("prompts", Flags.prompts, 32),
+        ("heldout", Flags.heldout, 8),
+    ):
+        lines = source.read_text(encoding="utf8").splitlines()[:count]
+        (data / f"{name}{source.suffix}").write_text("\n".join(lines) + "\n", encoding="utf8")
+    main(
+        Flags(
+            tales=data / "tales.jsonl",
+            preferences=data / "preferences.jsonl",
+            prompts=data / "prompts.txt",
+            heldout=data / "heldout.txt",
+            iterations=2,
+            out=tmp_path / "out",
+        )
+    )
+    assert "<table" in (tmp_path / "out" / "evaluation" / "report.html").read_text(encoding="utf8")
