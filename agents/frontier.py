@@ -33,6 +33,8 @@ class Point:
     """Of a reward that training never saw."""
     over_optimised: bool | None = None
     """Whether the score rose while the second reward fell."""
+    learnt: bool = True
+    """Whether it is one of the policies that learnt, or the one they began as; others stand apart from the line."""
 
 
 def points(results: Sequence[Result]) -> list[Point]:
@@ -98,18 +100,19 @@ def draw_points(
     """
     x, y = [point.kl.value for point in ordered], [value.value for value in values]
     axes.set_xscale("function", functions=(signed_root, signed_square))
-    axes.plot(x, y, color=colour, linewidth=1.2, alpha=0.45)
+    learnt = [(point.kl.value, value.value) for point, value in zip(ordered, values, strict=True) if point.learnt]
+    axes.plot(*zip(*learnt, strict=True), color=colour, linewidth=1.2, alpha=0.45)
     across, up = _bars([point.kl for point in ordered]), _bars(values)
     axes.errorbar(x, y, xerr=across, yerr=up, fmt="none", ecolor=colour, elinewidth=1.6)
     for point, value in zip(ordered, values, strict=True):
-        face = colours["paper"] if point.over_optimised else colour
+        face, shape = colours["paper"] if point.over_optimised else colour, "o" if point.learnt else "D"
         axes.plot(
-            point.kl.value, value.value, "o", color=face, markeredgecolor=colour, markeredgewidth=1.8, markersize=7
+            point.kl.value, value.value, shape, color=face, markeredgecolor=colour, markeredgewidth=1.8, markersize=7
         )
     widest = max(0.0, *(value + bar for value, bar in zip(x, across[1], strict=True))) ** 0.5
     axes.set_xlim(-((0.04 * widest) ** 2), (1.08 * widest) ** 2 or 1.0)
     axes.margins(y=0.18)
-    name_points(axes, [point.name for point in ordered], list(zip(x, y, strict=True)), colours)
+    name_points(axes, [point.name for point in ordered], list(zip(x, y, strict=True)), learnt, colours)
 
 
 PLACES = (
@@ -126,18 +129,23 @@ PLACES = (
 
 
 def name_points(
-    axes: Axes, names: Sequence[str], places: Sequence[tuple[float, float]], colours: Mapping[str, str]
+    axes: Axes,
+    names: Sequence[str],
+    places: Sequence[tuple[float, float]],
+    line: Sequence[tuple[float, float]],
+    colours: Mapping[str, str],
 ) -> None:
-    """A name at each point, where it covers no other name, point or line, if there is such a place."""
+    """A name at each point, where it covers no other name, no point and not the line, if there is such a place."""
     from matplotlib.transforms import Bbox
 
     canvas: Any = axes.get_figure(root=True)
     renderer = canvas.canvas.get_renderer()
     dots = axes.transData.transform(places)
     taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in dots]
-    between = (a + share * (b - a) for a, b in pairwise(dots) for share in np.linspace(0, 1, 60))
+    corners = axes.transData.transform(line)
+    between = (a + share * (b - a) for a, b in pairwise(corners) for share in np.linspace(0, 1, 60))
     taken += [Bbox.from_bounds(x - 1, y - 1, 2, 2) for x, y in between]
-    for name, place in zip(names, places, strict=True):
+    for name, place in reversed(list(zip(names, places, strict=True))):  # it is narrowest where KL is large
         label = axes.annotate(
             name, place, (0, 0), textcoords="offset points", color=colours["ink"], fontsize=9.5, annotation_clip=False
         )

@@ -79,7 +79,8 @@ def figure(rows: Sequence[Row]) -> bytes:
     for row in rows:
         own = row["held_out"]
         kl, score, variety = (Estimate(**own[key]) for key in ("kl", "score", "distinct_2"))
-        found.append(Point(name(row, rows), kl, score, variety, own["over_optimised"]))
+        learnt = "beta" in row or kl.value == 0
+        found.append(Point(name(row, rows), kl, score, variety, own["over_optimised"], learnt))
     return png(frontier_figure(found, "Distinct-2"))
 
 

@@ -40,6 +40,18 @@ def test_over_optimised_points_are_hollow() -> None:
     assert faces[40] == paper and paper not in (faces[0], faces[4])
 
 
+def test_a_model_that_did_not_learn_stands_apart_from_the_line() -> None:
+    better = Point("better", estimate(20), estimate(5), learnt=False)
+    score = frontier_figure([*POINTS, better]).axes[0]
+    assert list(score.lines[0].get_xdata()) == [0, 4, 40]
+    assert {float(line.get_xdata()[0]): line.get_marker() for line in score.lines[1:]} == {
+        0: "o",
+        4: "o",
+        20: "D",
+        40: "o",
+    }
+
+
 def test_without_a_second_reward_of_all_there_is_one_panel() -> None:
     assert len(frontier_figure([*POINTS, point("x", 2, 2)]).axes) == 1
 
