@@ -27,7 +27,8 @@ class EnvFlags:
     """The environment."""
 
     reference: str | None = None
-    """Folder or hub name of the frozen reference; if absent, the model trained, else the embedded storyteller."""
+    """Folder or hub name of the frozen reference; if absent, where a model is trained that one, else the embedded
+    storyteller."""
     reward: str | None = None
     """Folder or hub name of a reward model, or `module:attribute`, an object or function of yours; the embedded model
     if absent."""
@@ -179,8 +180,8 @@ def _weighted(given: str) -> tuple[str, float]:
 
 
 def run(main: Callable[[Any], None], flags: Any) -> None:
-    """Call a script's main; a bad argument is one line, not a traceback."""
+    """Call a script's main; a bad argument, or a server that cannot be reached, is one line, not a traceback."""
     try:
         main(flags)
-    except ValueError as error:
+    except (ValueError, ConnectionError, TimeoutError) as error:
         sys.exit(f"error: {error}")

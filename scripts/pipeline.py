@@ -26,8 +26,8 @@ from rich.markup import escape
 import textenv
 from scripts.options import run
 
-_COMMAND = "command.json"
-"""In each stage's folder: script and flags that made it."""
+_COMMAND, _DONE = "command.json", "done"
+"""In each stage's folder: script and flags that made it, and the mark that it has come to its end."""
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,13 @@ class Stage:
     """What comes of it, in words."""
     command: tuple[str, ...]
     """Script and flags."""
-    result: Path
-    """What is there once it is done."""
     checkpoint: Path | None = None
     """Where this is, `--resume` goes on."""
 
 
 def stages(flags: Flags) -> list[Stage]:
     """What is done, in order."""
-    out, common = flags.out, ("--threads", str(flags.threads))
+    out = flags.out
     sft, reward, ppo, evaluation = (out / name for name in ("sft", "reward", "ppo", "evaluation"))
     task = ("--env.reward", f"{reward}/model", "--env.heldout", str(flags.heldout))
     return [
@@ -90,9 +88,8 @@ def stages(flags: Flags) -> list[Stage]:
             (
                 *("train_sft.py", "--model", str(flags.model), "--data.train", str(flags.tales)),
                 *("--sft.epochs", str(flags.sft_epochs), "--sft.learning-rate", str(flags.sft_learning_rate)),
-                *("--sft.seed", str(flags.seed), "--out", str(sft), *common),
+                *("--sft.seed", str(flags.seed), "--out", str(sft)),
             ),
-            sft / "summary.json",
             sft / "checkpoints",
         ),
         Stage(
@@ -100,9 +97,8 @@ def stages(flags: Flags) -> list[Stage]:
             "the reward model",
             (
                 *("train_reward.py", "--data", str(flags.preferences), "--recipe.model", f"{sft}/model"),
-                *("--reference", str(flags.tales), "--recipe.seed", str(flags.seed), "--out", str(reward), *common),
+                *("--reference", str(flags.tales), "--recipe.seed", str(flags.seed), "--out", str(reward)),
             ),
-            reward / "report.json",
         ),
         Stage(
             "ppo",
@@ -110,9 +106,8 @@ def stages(flags: Flags) -> list[Stage]:
             (
                 *("train_ppo.py", "--policy.model", f"{sft}/model", *task, "--env.prompts", str(flags.prompts)),
                 *("--env.kl-coef", str(flags.kl_coef), "--iterations", str(flags.iterations)),
-                *("--ppo.seed", str(flags.seed), "--out", str(ppo), *common),
+                *("--ppo.seed", str(flags.seed), "--out", str(ppo)),
             ),
-            ppo / "policy",
             ppo / "checkpoint",
         ),
         Stage(
@@ -120,30 +115,29 @@ def stages(flags: Flags) -> list[Stage]:
             "the evidence",
             (
                 *("evaluate.py", "--model", f"{ppo}/policy", "--env.reference", f"{sft}/model", *task),
-                *("--second-reward", flags.second_reward, "--out", str(evaluation), *common),
+                *("--second-reward", flags.second_reward, "--out", str(evaluation)),
             ),
-            evaluation / "report.html",
         ),
     ]
 
 
 def main(flags: Flags) -> None:
-    """Run the stages that have no result yet."""
+    """Run the stages that are not done."""
     console, todo = Console(), stages(flags)
     for number, stage in enumerate(todo, start=1):
         console.rule(f"[bold]{number}  {stage.name}[/] → {stage.gives}", align="left")
         if is_done(stage, flags.out):
-            console.print(f"[dim]{stage.result} is there[/]")
+            console.print(f"[dim]{_folder(stage, flags.out)} is there[/]")
             continue
         start = time.perf_counter()
-        perform(stage, todo[number:], flags.out, console)
+        perform(stage, todo[number:], flags, console)
         console.print(f"[dim]{time.perf_counter() - start:.0f} s[/]")
     console.rule(align="left")
     console.print(f"[bold]report[/] {flags.out}/evaluation/report.html   [bold]policy[/] {flags.out}/ppo/policy")
 
 
 def is_done(stage: Stage, out: Path) -> bool:
-    """Whether the result of this very command is there.
+    """Whether this very command has come to its end there.
 
     Raises:
         ValueError: If something else is there.
@@ -153,30 +147,31 @@ def is_done(stage: Stage, out: Path) -> bool:
             f"out: expected a folder of the same settings, got {out}, where {stage.name} was made with others; remove "
             f"{_folder(stage, out)} to make it anew, or choose another folder"
         )
-    return stage.result.exists()
+    return (_folder(stage, out) / _DONE).is_file()
 
 
-def perform(stage: Stage, later: Sequence[Stage], out: Path, console: Console) -> None:
+def perform(stage: Stage, later: Sequence[Stage], flags: Flags, console: Console) -> None:
     """Run a stage's script, from its checkpoint if there is one; what was made of its earlier result is forgotten.
 
-    The command line stays beside what it makes.
+    The command line stays beside what it makes, and a mark when it has come to its end.
 
     Raises:
         ValueError: If it fails.
     """
-    resume = _is_begun(stage, out) and stage.checkpoint is not None and stage.checkpoint.exists()
+    folder = _folder(stage, flags.out)
+    resume = _is_begun(stage, flags.out) and stage.checkpoint is not None and stage.checkpoint.exists()
     for old in later if resume else (stage, *later):
-        for path in (old.result, old.checkpoint):
-            if path is not None and path.exists():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    script, *arguments = stage.command
-    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments, *(["--resume"] if resume else [])]
-    console.print(f"[dim]$ python scripts/{escape(shlex.join([script, *command[2:]]))}[/]", soft_wrap=True)
-    _folder(stage, out).mkdir(parents=True, exist_ok=True)
-    (_folder(stage, out) / _COMMAND).write_text(json.dumps(stage.command) + "\n", encoding="utf8")
-    code = subprocess.run(command).returncode
+        (_folder(old, flags.out) / _DONE).unlink(missing_ok=True)
+        if old.checkpoint is not None and old.checkpoint.exists():
+            shutil.rmtree(old.checkpoint)
+    script, *arguments = (*stage.command, "--threads", str(flags.threads), *(["--resume"] if resume else []))
+    console.print(f"[dim]$ python scripts/{escape(shlex.join([script, *arguments]))}[/]", soft_wrap=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _COMMAND).write_text(json.dumps(stage.command) + "\n", encoding="utf8")
+    code = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *arguments]).returncode
     if code != 0:
         raise ValueError(f"{stage.name}: expected exit status 0, got {code}; the same command goes on from here")
+    (folder / _DONE).touch()
 
 
 def _folder(stage: Stage, out: Path) -> Path:

@@ -36,6 +36,7 @@ from agents.sampling.vllm_config import VLLMConfig, VLLMServerConfig
 from agents.tracking import MetricsFile, Progress, TensorBoard, Trackers, read_metrics
 from scripts.options import EnvFlags, device_of, heldout_prompts, make_env, run
 from scripts.samplers import SamplerName, longest, make_sampler
+from textenv.rewards import RewardError
 
 Name = Literal[
     "ppo",
@@ -50,6 +51,10 @@ Name = Literal[
     "dr_grpo",
     "gspo",
 ]
+
+
+FAILURES = (SamplerFailure, SamplerMismatch, ConnectionError, TimeoutError)
+"""What may go wrong in a rollout without anybody's mistake: an engine, or a judge over HTTP."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def main(flags: Flags) -> None:
         agent, heldout = build(flags)
         with closing(agent.sampler):
             train(flags, console, agent, heldout)
-    except (SamplerFailure, SamplerMismatch) as error:
+    except FAILURES as error:
         sys.exit(f"error: {error}")
 
 
@@ -146,7 +151,7 @@ def train(flags: Flags, console: Console, agent: Agent, heldout: list[Any]) -> N
                 after_update,
                 folder=flags.out if agent.config.eval_every else None,
             )
-        except (SamplerFailure, SamplerMismatch):
+        except (*FAILURES, RewardError):
             if agent.updates:  # it is as it was before the rollout: `--resume` goes on from here
                 agent.save(checkpoint)
             raise

@@ -28,7 +28,16 @@ import textenv
 from agents.tracking import MetricsFile
 from scripts.finetuning.batches import heldout_loss
 from scripts.finetuning.examples import Columns, Encoder, Example, Form, read_examples
-from scripts.finetuning.training import SFTConfig, Trained, autocast, collator, finetune, perplexity, split
+from scripts.finetuning.training import (
+    SFTConfig,
+    Trained,
+    autocast,
+    collator,
+    finetune,
+    last_checkpoint,
+    perplexity,
+    split,
+)
 from scripts.options import device_of, run
 from textenv.models import (
     check_tokenizer_fits,
@@ -136,10 +145,7 @@ def read_data(flags: DataFlags, encoder: Encoder, seed: int, console: Console) -
 
 def first_row(flags: Flags) -> int:
     """The row of `metrics.jsonl` from which on a resumed run writes anew."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    folder = flags.out / "checkpoints"
-    last = get_last_checkpoint(str(folder)) if flags.resume and folder.is_dir() else None
+    last = last_checkpoint(flags.out / "checkpoints") if flags.resume else None
     return 0 if last is None else int(last.rsplit("-", 1)[1]) + 1
 
 

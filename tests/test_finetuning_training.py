@@ -277,3 +277,15 @@ def test_the_script_needs_no_more_than_a_few_lines_of_text(tmp_path: Path) -> No
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["steps"] == 6 and summary["packed"]
     assert summary["heldout_loss_after"] < summary["heldout_loss_before"]
+
+
+def test_a_checkpoint_that_a_killed_run_left_unfinished_is_passed_over(tmp_path: Path) -> None:
+    from scripts.finetuning.training import last_checkpoint
+
+    assert last_checkpoint(tmp_path / "none") is None
+    for number in (5, 10):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+    (tmp_path / "checkpoint-5" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-10" / "model.safetensors").write_text("half")
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
+    assert not (tmp_path / "checkpoint-10").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ NAMES = ["sft", "reward", "ppo", "evaluation"]
 
 
 class Runner:
-    """In place of `subprocess.run`: leaves checkpoint and result behind, or only a checkpoint where it is to fail."""
+    """In place of `subprocess.run`: leaves a checkpoint behind where the stage has them, and fails where it is to."""
 
     def __init__(self, flags: Flags) -> None:
         self.flags, self.failing, self.ran = flags, "", []
@@ -26,13 +27,10 @@ class Runner:
     def __call__(self, command: Sequence[str]) -> Any:
         script, resumed = Path(command[1]).name, command[-1] == "--resume"
         stage = next(stage for stage in stages(self.flags) if stage.command[0] == script)
-        assert not stage.result.exists()
         self.ran.append(stage.name + (" resumed" if resumed else ""))
         assert resumed == (stage.checkpoint is not None and stage.checkpoint.exists())
-        for path in (stage.checkpoint, None if stage.name == self.failing else stage.result):
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.mkdir(exist_ok=True) if not path.suffix else path.write_text("done")
+        if stage.checkpoint is not None:
+            stage.checkpoint.mkdir(exist_ok=True)
         return subprocess.CompletedProcess(command, int(stage.name == self.failing))
 
     def again(self, failing: str = "") -> list[str]:
@@ -73,6 +71,12 @@ def test_what_was_made_of_an_older_result_is_made_anew(runner: Runner) -> None:
     shutil.rmtree(runner.flags.out / "reward")
     assert runner.again(failing="reward") == ["reward"]
     assert runner.again() == ["reward", "ppo", "evaluation"]  # PPO from its beginning: its checkpoint was of the older
+
+
+def test_threads_are_no_setting(runner: Runner) -> None:
+    runner.again(failing="ppo")
+    runner.flags = replace(runner.flags, threads=2)
+    assert runner.again() == ["ppo resumed", "evaluation"]
 
 
 def test_other_settings_are_refused(runner: Runner) -> None:

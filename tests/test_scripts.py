@@ -261,6 +261,31 @@ def test_a_sampler_that_fails_ends_a_run_with_a_line_from_which_it_goes_on(
     assert rows[0] == rows[1]
 
 
+def test_a_judge_that_dies_ends_a_run_with_a_line_from_which_it_goes_on(
+    tmp_path: Path, world: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from textenv.rewards import ClassifierReward
+    from textenv.rewards.judge import JudgeError
+
+    scored, calls = ClassifierReward.__call__, []
+
+    def dying(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise JudgeError("reward: http://judge: no score after 8 of 8 attempts")
+        return scored(self, *args)
+
+    out, whole = tmp_path / "run", tmp_path / "whole"
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassifierReward, "__call__", dying)
+        with pytest.raises(SystemExit, match=r"^error: reward: http://judge: no score after 8 of 8 attempts$"):
+            run("train_ppo", *world, *PPO_FLAGS, "--iterations", 3, "--out", out)
+    run("train_ppo", *world, *PPO_FLAGS, "--iterations", 3, "--out", out, "--resume")
+    run("train_ppo", *world, *PPO_FLAGS, "--iterations", 3, "--out", whole)
+    rows = [json.loads((folder / "after.json").read_text()) for folder in (out, whole)]
+    assert rows[0] == rows[1]
+
+
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_lora_trains_and_resumes_with_its_optimizer(tmp_path: Path, world: list[str], critic: str) -> None:
     pytest.importorskip("peft")

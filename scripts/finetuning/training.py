@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -200,7 +201,7 @@ def finetune(
         callbacks=[Logged(tracker)],
     )
     trainer.remove_callback(PrinterCallback)
-    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    checkpoint = last_checkpoint(folder) if resume else None
     start = time.perf_counter()
     done = _steps(checkpoint)
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -213,6 +214,18 @@ def finetune(
         model.config.use_cache = use_cache
     loss = result.training_loss if steps > done else None
     return Trained(model, steps, loss, tokens / seconds, collate is flattened)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint; what a killed run has left unfinished after it is removed.
+
+    The Trainer writes `trainer_state.json` last.
+    """
+    while (found := get_last_checkpoint(str(folder)) if folder.is_dir() else None) is not None:
+        if (Path(found) / "trainer_state.json").is_file():
+            return found
+        shutil.rmtree(found)
+    return None
 
 
 def _steps(checkpoint: str | None) -> int:
