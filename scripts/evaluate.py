@@ -66,6 +66,8 @@ def main(flags: Flags) -> None:
     """Sample from each, measure, compare, write."""
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
+    console, flags = Console(), resolved(flags)
+    console.print(f"[dim]reference[/] {flags.env.reference}   [dim]reward[/] {flags.env.reward}", highlight=False)
     policies = named_policies(flags)
     # A reference is needed whatever β was, and every response is to be scored.
     options = replace(flags.env, kl_coef=1.0, kl_target=None, length_end="terminate")
@@ -91,9 +93,15 @@ def main(flags: Flags) -> None:
         )
     results = compare(assessments, second, flags.tolerance)
     write_evaluation(flags.out, results, asdict(flags), second_name=title)
-    console = Console()
     print_evaluation(console, results, second_name=title, limit=flags.samples)
     console.print(f"[dim]report[/] {flags.out}/report.html", highlight=False)
+
+
+def resolved(flags: Flags) -> Flags:
+    """With the defaults by name, so that what is shown and written says what was measured against what."""
+    reference = flags.env.reference or str(textenv.embedded.STORYTELLER)
+    reward = flags.env.reward or str(textenv.embedded.REWARD)
+    return replace(flags, env=replace(flags.env, reference=reference, reward=reward))
 
 
 def named_policies(flags: Flags) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tests.conftest import make_llama
 tyro = pytest.importorskip("tyro")
 
 from scripts import benchmark_frontier, evaluate, frontier_page, options  # noqa: E402
+from textenv import embedded  # noqa: E402
 
 REWARDS = """
 import textenv
@@ -218,3 +219,10 @@ def test_rows_are_appended_and_a_failed_run_is_told(tmp_path: Path, capsys: pyte
     flags: Any = SimpleNamespace(iterations=1, material=tmp_path / "nothing")
     assert benchmark_frontier.run_apart(0.1, 0, flags) is None
     assert "β 0.1, seed 0: failed" in capsys.readouterr().err
+
+
+def test_what_is_written_names_reference_and_reward() -> None:
+    env = evaluate.resolved(evaluate.Flags(model="a")).env
+    assert (env.reference, env.reward) == (str(embedded.STORYTELLER), str(embedded.REWARD))
+    mine = evaluate.Flags(model="a", env=options.EnvFlags(reference="r", reward="s"))
+    assert evaluate.resolved(mine) == mine

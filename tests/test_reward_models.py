@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -318,3 +319,13 @@ def test_the_environment_shows_which_prompt_has_no_opponent() -> None:
     bound = as_reward(reward, tokenizer=TOKENIZER, stop_token_ids=[EOS])
     with pytest.raises(ValueError, match="expected a prompt that there is an opponent to, got 'by' for prompt 'by'"):
         bound.scores([[1, 3], [1, 7]], [[5], [5]])
+
+
+def test_a_normalised_reward_model_says_its_own_probabilities(tmp_path: Path) -> None:
+    plain, scaled = (save_model("classifier", tmp_path / name) for name in ("plain", "scaled"))
+    config = json.loads((scaled / "config.json").read_text())
+    (scaled / "config.json").write_text(json.dumps(config | {"reward_scale": 3.0}))
+    texts = ["ax"], [" by"], [" cz"]
+    one, three = (Pointwise(ClassifierReward(folder))(*texts)[0] for folder in (plain, scaled))
+    assert abs(one) > 1e-3 and three == pytest.approx(3 * one, rel=1e-5)
+    assert Pointwise(ClassifierReward(scaled), scale=0.5)(*texts)[0] == pytest.approx(0.5 * one, rel=1e-5)

@@ -19,6 +19,8 @@ class ClassifierReward:
     The text is encoded with the classifier's own tokenizer, which need not be the policy's. The backbone and the head
     are run here and the hidden state is taken at length − 1: transformers takes the last id that is not PAD, which is
     another one when EOS = PAD. `reward_bias` in the model's config (0 where absent) is added; it centres the scores.
+    σ(`scale`·(score_a − score_b)) is the probability that a is preferred to b; `scale` is the config's `reward_scale`,
+    which undoes the normalisation of scores (1 where absent).
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class ClassifierReward:
                 f"reward: expected a classifier with a linear head named score, got {type(model).__name__}"
             )
         self.bias = float(getattr(self.model.config, "reward_bias", 0.0))
+        self.scale = float(getattr(self.model.config, "reward_scale", 1.0))
         self.context = getattr(self.model.config, "max_position_embeddings", None)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from textenv.rewards.base import RewardFunction
 from textenv.rewards.classifier import ClassifierReward
+from textenv.rewards.combinators import check_number
 
 
 class Comparison(Protocol):
@@ -26,7 +27,7 @@ class Comparison(Protocol):
 
 @dataclass(frozen=True)
 class Pointwise:
-    """The Bradley–Terry comparison of a pointwise reward: logit = r(x, first) − r(x, second).
+    """The Bradley–Terry comparison of a pointwise reward: logit = scale·(r(x, first) − r(x, second)).
 
     >>> longer = Pointwise(lambda prompts, responses: [len(response) for response in responses])
     >>> longer([""], ["four"], ["one"])
@@ -35,9 +36,13 @@ class Pointwise:
 
     reward: RewardFunction
     """Of text, one number a response: a `ClassifierReward`, say."""
+    scale: float | None = None
+    """Log-odds a unit of score; None: the reward's own `scale` (a normalised `ClassifierReward` has one), else 1."""
 
     def __post_init__(self) -> None:
         """Check that it is asked in text, alone."""
+        if self.scale is not None:
+            check_number("scale", self.scale, low=0.0)
         for name in ("wants_ids", "bind"):
             if getattr(self.reward, name, False):
                 raise ValueError(f"reward: expected a plain reward of text, got one with {name}, {self.reward!r}")
@@ -45,7 +50,9 @@ class Pointwise:
     def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> list[float]:
         """One logit a pair."""
         scores = [float(score) for score in self.reward([*prompts, *prompts], [*firsts, *seconds])]
-        return [first - second for first, second in zip(scores[: len(firsts)], scores[len(firsts) :], strict=True)]
+        unit = getattr(self.reward, "scale", 1.0) if self.scale is None else self.scale
+        pairs = zip(scores[: len(firsts)], scores[len(firsts) :], strict=True)
+        return [unit * (first - second) for first, second in pairs]
 
 
 @dataclass(frozen=True)
