@@ -58,7 +58,7 @@ class DataFlags:
     heldout: str | None = None
     """A file of examples to evaluate on; if absent, some are held out."""
     heldout_frac: float = 0.05
-    """Share of the examples that is held out; 0: none, and nothing is evaluated."""
+    """Share of the prompts whose examples are held out; 0: none, and nothing is evaluated."""
     form: Form | None = None
     """Whether rows are texts, pairs or chats; if absent, what the first row has the columns of."""
     columns: Columns = field(default_factory=Columns)

@@ -200,6 +200,15 @@ def test_the_split_is_by_seed_and_takes_none_twice() -> None:
             split(examples[:2], frac, seed=0)
 
 
+def test_a_held_out_prompt_is_not_trained_on() -> None:
+    examples = [Example([1, i % 9, 7, i], [-100, -100, -100, i]) for i in range(60)]
+    train, held = split(examples, 0.3, seed=0)
+    assert len(train) + len(held) == 60 and len({e.prompt for e in held}) == 3
+    assert not {e.prompt for e in train} & {e.prompt for e in held}
+    alone = [Example([1, i], [-100, i]) for i in range(10)]  # after BOS alone
+    assert len(split(alone, 0.2, seed=0)[1]) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

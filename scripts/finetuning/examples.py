@@ -53,6 +53,12 @@ class Example:
         return sum(label != IGNORED for label in self.labels[1:])
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        """What stands before the first token that is learnt; empty for a text."""
+        first = next((place for place, label in enumerate(self.labels) if label != IGNORED), len(self.labels))
+        return tuple(self.input_ids[:first])
+
+    @property
     def features(self) -> dict[str, list[int]]:
         """What transformers' collators take."""
         return {"input_ids": self.input_ids, "labels": self.labels}

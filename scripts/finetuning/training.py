@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from agents.tracking import Tracker
 from scripts.finetuning.batches import Collate, flattened, heldout_loss, isolates, padded
 from scripts.finetuning.examples import Example
+from scripts.splitting import split_groups
 from textenv.dropout import disable_dropout
 
 
@@ -151,17 +152,20 @@ def autocast(device: torch.device, bf16: bool | None) -> Callable[[], AbstractCo
 
 
 def split(examples: Sequence[Example], frac: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Those to train on and those held out, at least one of each; 0 holds out none."""
+    """Those to train on and those held out, at least one of each; 0 holds out none.
+
+    Examples with one prompt stay on one side: a response to a prompt that was trained on is no unseen one.
+    """
     if not 0 <= frac < 1:
         raise ValueError(f"heldout_frac: expected a share in [0, 1), got {frac}")
     if frac == 0:
         return list(examples), []
-    count = max(1, round(frac * len(examples)))
-    if count >= len(examples):
-        raise ValueError(f"heldout_frac: expected enough examples to hold out {frac} of them, got {len(examples)}")
-    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = set(order[:count])
-    return [e for i, e in enumerate(examples) if i not in held], [examples[i] for i in sorted(held)]
+    # One token may be BOS alone, before a response to nothing.
+    keys = [example.prompt if len(example.prompt) > 1 else number for number, example in enumerate(examples)]
+    different = len(set(keys))
+    if max(1, round(frac * different)) >= different:
+        raise ValueError(f"heldout_frac: expected enough examples to hold out {frac}, got {different} prompts")
+    return split_groups(examples, keys, frac, seed)
 
 
 def finetune(

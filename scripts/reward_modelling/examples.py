@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from scripts.splitting import split_groups
+
 Task = Literal["pairs", "ranked", "ratings", "labels"]
 
 COLUMNS: dict[Task, tuple[str, ...]] = {
@@ -56,13 +58,9 @@ def split(
     if not 0 < fraction < 1:
         raise ValueError(f"fraction: expected a share between 0 and 1, got {fraction}")
     keys = [_group(row, number, by) for number, row in enumerate(rows)]
-    groups = list(dict.fromkeys(keys))
-    if len(groups) < 2:
-        raise ValueError(f"split_by: expected rows of at least 2 groups, got {len(groups)} ({by or 'prompt'})")
-    count = min(max(1, round(fraction * len(groups))), len(groups) - 1)
-    unseen = {groups[place] for place in np.random.default_rng(seed).permutation(len(groups))[:count]}
-    training = [row for row, key in zip(rows, keys, strict=True) if key not in unseen]
-    return training, [row for row, key in zip(rows, keys, strict=True) if key in unseen]
+    if len(set(keys)) < 2:
+        raise ValueError(f"split_by: expected rows of at least 2 groups, got {len(set(keys))} ({by or 'prompt'})")
+    return split_groups(rows, keys, fraction, seed)
 
 
 def _group(row: Mapping[str, Any], number: int, by: str | None) -> Hashable:
