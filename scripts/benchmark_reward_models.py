@@ -14,7 +14,6 @@ Without the material it says so.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from scripts.reward_modelling.making import Recipe, examples_of, make
 from scripts.reward_modelling.report import mean_error
 from scripts.reward_modelling.training import FitSettings
 from scripts.valence import MATERIAL, is_there, model_folder
+from textenv.rewards.lexicon import read_lexicon, valence
 
 RECIPES: dict[tuple[str, str], Recipe] = {
     ("films", "lm"): Recipe(task="ranked", rounds=2, fit=FitSettings(learning_rate=2e-3)),
@@ -84,15 +84,10 @@ def sides(task: str, material: Path, seed: int, validate: bool) -> tuple[list[An
 
 def lexicon(material: Path, seed: int, validate: bool) -> dict[str, Any]:
     """The figures of VADER's sum on the comparisons that `lm` is measured on; equal sums count a half."""
-    lines = (material / "data" / "vader_lexicon.txt").read_text(encoding="utf8").splitlines()
-    values = {cells[0]: float(cells[1]) for cells in (line.split("\t") for line in lines)}
+    values = read_lexicon(material / "data" / "vader_lexicon.txt")
     recipe = replace(RECIPES["films", "words"], seed=seed)
     examples, _ = examples_of(sides("films", material, seed, validate)[1], recipe, heldout=True)
-    sums = {
-        text: sum(values.get(word, 0.0) for word in re.findall(r"[a-z']+", text.response.lower()))
-        for example in examples
-        for text in example.texts
-    }
+    sums = {text: valence(text.response, values) for example in examples for text in example.texts}
     decisions = decide("ranked", examples, sums)
     return {"accuracy": accuracy(decisions.correct, decisions.members)._asdict()}
 

@@ -73,8 +73,8 @@ def main(flags: Flags) -> None:
     options = replace(flags.env, kl_coef=1.0, kl_target=None, length_end="terminate")
     prompts, envs = heldout_prompts(flags.env), make_env(options)
     given = flags.second_reward
-    title, source = ("Second reward", None) if given is None else named(Path(given).name, given)
-    second, reward = second_reward(source, envs.unwrapped.task)
+    title, unseen = ("Second reward", None) if given is None else named(Path(given).name, given)
+    second, reward = second_reward(unseen, envs.unwrapped.task)
     assessments: list[Assessment] = []
     for number, (name, source) in enumerate(policies.items()):
         policy = ValueHeadLM.from_pretrained(
@@ -105,13 +105,12 @@ def resolved(flags: Flags) -> Flags:
 
 
 def named_policies(flags: Flags) -> dict[str, Any]:
-    """The baseline, the policy and the others: each name with its folder.
+    """The baseline, the policy and the others: each name with its folder. The flags are `resolved`.
 
     Raises:
         ValueError: If two have one name.
     """
-    reference = flags.env.reference or textenv.embedded.STORYTELLER
-    pairs = [named("baseline", flags.baseline) if flags.baseline else ("reference", reference)]
+    pairs = [named("baseline", flags.baseline) if flags.baseline else ("reference", flags.env.reference)]
     pairs.append(named("model", flags.model))
     pairs += [named(label(source, flags.others), source) for source in flags.others]
     names = [name for name, _ in pairs]

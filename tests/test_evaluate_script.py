@@ -131,7 +131,7 @@ def test_what_is_no_module_stays_a_name(folder: Path) -> None:
 
 def test_names_of_policies(folder: Path) -> None:
     def names(**flags: Any) -> list[str]:
-        return list(evaluate.named_policies(evaluate.Flags(**flags)))
+        return list(evaluate.named_policies(evaluate.resolved(evaluate.Flags(**flags))))
 
     assert names(model="a", others=("x/b", "y/b", "c")) == ["reference", "model", "x/b", "y/b", "c"]
     assert names(model="m=a/b", others=("n=c",), baseline="d") == ["baseline", "m", "n"]

@@ -19,11 +19,12 @@ import textenv
 from scripts.reward_modelling.examples import Example, Text, split
 from scripts.reward_modelling.losses import Objective, comparison_loss, label_loss, objective_of
 from scripts.reward_modelling.making import Recipe, make
-from scripts.reward_modelling.network import encode, load_base, pad, scores_of, standardise
+from scripts.reward_modelling.network import encode, load_base, scores_of, standardise
 from scripts.reward_modelling.report import mean_error, picture
 from scripts.reward_modelling.training import FitSettings, RewardTrainer, collate, fit
 from tests.conftest import MAKERS, V
 from textenv.rewards import ClassifierReward
+from textenv.rewards.batching import padded
 
 WORDS = [f"w{n}" for n in range(3, V)]
 QUICK = FitSettings(epochs=3, batch=8, learning_rate=5e-3)
@@ -64,7 +65,7 @@ def test_what_is_trained_is_what_is_saved_and_asked(base: Path, tmp_path: Path) 
     ids = encode(tokenizer, texts, None)
     rows = [ids[text] for text in texts]
     assert [len(row) for row in rows] == [len((text.prompt + text.response).split()) for text in texts]
-    trained = scorer.train()(**pad(rows))  # as in training: packed, ragged, dropout off
+    trained = scorer.train()(*padded(rows, torch.device("cpu")))  # as in training: packed, ragged, dropout off
     assert trained.requires_grad
     objective = Objective(comparison_loss, unit=2.0, centre=0.5)
     raw = objective.unit * trained.detach().double() + objective.centre
@@ -85,8 +86,8 @@ def test_what_is_trained_is_what_is_saved_and_asked(base: Path, tmp_path: Path) 
 def test_dropout_is_off_while_training(base: Path) -> None:
     scorer, _ = load_base(base, seed=0)
     scorer.train()
-    batch = pad([[3, 4, 5], [6, 7]])
-    assert torch.equal(scorer(**batch), scorer(**batch))
+    batch = padded([[3, 4, 5], [6, 7]], torch.device("cpu"))
+    assert torch.equal(scorer(*batch), scorer(*batch))
 
 
 def test_the_head_is_drawn_with_the_variance_of_the_width(base: Path) -> None:
@@ -136,7 +137,7 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_examples_one_by_one(base: Path, 
     arguments = _arguments(tmp_path)
     trainer = RewardTrainer(objective, scorer, arguments, items, print)
     found = trainer.compute_loss(scorer, collate(items)).item()
-    scores = [scorer(**pad([ids[text]])).item() for text in texts]
+    scores = [scorer(*padded([ids[text]], torch.device("cpu"))).item() for text in texts]
     hand = [math.log(1 + math.exp(-(scores[2 * n] - scores[2 * n + 1] - 0.1 * n))) for n in range(6)]
     assert found == pytest.approx(sum(hand) / 6, abs=1e-6)
     labels = RewardTrainer(Objective(label_loss, centre=0.7), scorer, arguments, items, print)

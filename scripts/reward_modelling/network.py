@@ -17,6 +17,7 @@ from scripts.reward_modelling.losses import Objective
 from textenv.dropout import disable_dropout
 from textenv.models import align, load_config, load_tokenizer, no_progress_bar
 from textenv.packing import Packing, packed_hidden
+from textenv.rewards.batching import by_length, padded
 
 BATCH_TOKENS = 16_384
 
@@ -116,22 +117,12 @@ def encode(tokenizer: Any, texts: Sequence[Text], context: int | None) -> dict[T
     return {text: ids for text, ids in zip(distinct, rows, strict=True) if ids and len(ids) <= (context or len(ids))}
 
 
-def pad(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """`input_ids` `[B, L]`, right-padded with 0, and `lengths` `[B]`."""
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-    return {"input_ids": ids, "lengths": torch.tensor([len(row) for row in rows])}
-
-
 @torch.no_grad()
 def scores_of(scorer: Scorer, rows: Sequence[Sequence[int]]) -> Tensor:
     """Scores `[n]` of rows of ids, in batches of similar lengths."""
-    device = scorer.classifier.device
-    scores, order = torch.empty(len(rows)), sorted(range(len(rows)), key=lambda row: len(rows[row]))
-    while order:
-        batch = order[-max(1, BATCH_TOKENS // len(rows[order[-1]])) :]
-        del order[-len(batch) :]
-        padded = pad([rows[row] for row in batch])
-        scores[batch] = scorer(**{name: tensor.to(device) for name, tensor in padded.items()}).cpu()
+    scores = torch.empty(len(rows))
+    for batch in by_length([len(row) for row in rows], BATCH_TOKENS):
+        scores[batch] = scorer(*padded([rows[row] for row in batch], scorer.classifier.device)).cpu()
     return scores
 
 

@@ -15,7 +15,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from scripts.reward_modelling.examples import Example, Text
 from scripts.reward_modelling.losses import Objective
-from scripts.reward_modelling.network import Scorer, pad
+from scripts.reward_modelling.network import Scorer
+from textenv.rewards.batching import padded
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,9 @@ class Lines(TrainerCallback):
 def collate(items: Sequence[tuple[list[list[int]], float]]) -> dict[str, Tensor]:
     """A batch: the texts of all examples, one after the other, and a target each."""
     rows = [ids for texts, _ in items for ids in texts]
-    return pad(rows) | {"targets": torch.tensor([target for _, target in items], dtype=torch.float32)}
+    input_ids, lengths = padded(rows, torch.device("cpu"))
+    targets = torch.tensor([target for _, target in items], dtype=torch.float32)
+    return {"input_ids": input_ids, "lengths": lengths, "targets": targets}
 
 
 def fit(
