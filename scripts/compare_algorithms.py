@@ -42,7 +42,7 @@ class Flags:
     only: tuple[str, ...] = tuple(ENTRIES)
     """Which of them."""
     seeds: tuple[int, ...] | None = None
-    """Which seeds; if absent, 8 of PPO in each library and 5 of all others."""
+    """Which seeds; if absent, 16 of PPO in each library and 5 of all others."""
     jobs: int = 1
     """Runs at the same time."""
     results: Path = Path("docs/benchmarks/algorithms.jsonl")

@@ -149,4 +149,4 @@ PPO_VARIANTS = tuple(name for name in ENTRIES if name.split()[-1] == "ppo" or na
 
 def seeds_of(name: str) -> range:
     """The seeds of an entry in a whole table: PPO, whose variants differ little, has more."""
-    return range(8) if name in PPO_VARIANTS else range(5)
+    return range(16) if name in PPO_VARIANTS else range(5)
