@@ -32,6 +32,10 @@ from textenv.prompts import Prompt
 Callback = Callable[[int, Mapping[str, float]], Any]
 """`(updates done, metrics)`; returning False ends `learn`."""
 
+COMPARE_EVERY = 16
+"""Every so many rollouts, the first among them, the sampler is held against a forward of the trainer's all the same,
+where `old_logprobs` spares it."""
+
 
 class Agent:
     """A policy, an algorithm, an optimizer, and the loop of collecting and learning.
@@ -139,8 +143,10 @@ class Agent:
         # The environment may have been wrapped, or told of a policy, since.
         check_actions(self.envs)
         check_task(self.algorithm, self.task)
-        chosen = _chosen(self, prompts)
-        seed = _seed(self.config.seed, self.collections, 0)
+        chosen, config = _chosen(self, prompts), self.config
+        seed = _seed(config.seed, self.collections, 0)
+        if self.collections % COMPARE_EVERY == 0:
+            config = replace(config, old_logprobs="forward")
         self.collections += 1
         trained = self._sync.push(self.sampler, self.policy.lm, self.updates)
         rollout = collect(
@@ -148,18 +154,15 @@ class Agent:
             self.task,
             self.sampler,
             chosen,
+            config,
             seed=seed,
-            microbatch_episodes=self.config.forward_episodes,
-            gamma=self.config.gamma,
-            whiten_rewards=self.config.whiten_rewards,
-            score_clip=self.config.score_clip,
             group_size=self.algorithm.group_size,
             with_values=self.algorithm.critic is not None,
             with_greedy=self.algorithm.greedy,
             charge_kl=self.algorithm.kl_loss is None,
             autocast=self._autocast,
         )
-        return _checked(rollout, trained, self.config.mismatch_alarm)
+        return _checked(rollout, trained, config.mismatch_alarm)
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learn from one rollout: epochs × minibatches optimizer steps.

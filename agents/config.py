@@ -9,6 +9,7 @@ from agents.checks import at_least, number
 from agents.mismatch import CorrectionLevel
 
 LrSchedule = Literal["constant", "linear", "cosine"]
+OldLogprobs = Literal["forward", "sampler"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class TrainConfig:
     """Scores are clipped to ±this before they are learnt from, in reward units; None: they are not."""
     max_update_kl: float | None = None
     """An update stops before the step at which KL(π_old‖π) per token exceeds this; None: it never does."""
+    old_logprobs: OldLogprobs = "forward"
+    """Whose log π_old is: that of the trainer's own forward over each rollout, or the sampler's, which spares the
+    forward; every 16th rollout is then still compared."""
     correction: CorrectionLevel = "token"
     """Importance weights of the policy's loss where sampler and trainer differ (`agents.mismatch`)."""
     correction_cap: float = 2.0
@@ -95,7 +99,11 @@ class TrainConfig:
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
         if self.bf16 is not None and not isinstance(self.bf16, bool):
             raise ValueError(f"bf16: expected True, False or None, got {self.bf16!r}")
-        for name, kind in (("lr_schedule", LrSchedule), ("correction", CorrectionLevel)):
+        for name, kind in (
+            ("lr_schedule", LrSchedule),
+            ("old_logprobs", OldLogprobs),
+            ("correction", CorrectionLevel),
+        ):
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
 

@@ -25,14 +25,15 @@ def rollout_metrics(rollout: Rollout, returns: Tensor | None, task: Task) -> dic
         task: The environment's.
     """
     lengths, scores = rollout.response_lengths.float(), rollout.scores[rollout.scored]
-    gap = mismatch(rollout.old_logprobs, rollout.behavior_logprobs, rollout.mask)
     metrics = {
         "reward/sequence": float(masked_sum(rollout.rewards, rollout.mask, dim=1).mean()),
         "entropy": float(masked_mean(rollout.entropy, rollout.mask)),
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
     }
-    metrics |= {f"sampler/{name}": float(value) for name, value in gap._asdict().items()}
+    if rollout.old_logprobs is not rollout.behavior_logprobs:  # else nothing was compared
+        gap = mismatch(rollout.old_logprobs, rollout.behavior_logprobs, rollout.mask)
+        metrics |= {f"sampler/{name}": float(value) for name, value in gap._asdict().items()}
     if returns is not None:
         metrics["value/mean"] = float(masked_mean(rollout.values, rollout.mask))
         metrics["value/explained_variance"] = float(explained_variance(rollout.values, returns, rollout.mask))

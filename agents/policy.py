@@ -160,12 +160,13 @@ class ValueHeadLM(nn.Module):
         response_lengths: Tensor,
         *,
         temperature: float,
+        with_logprobs: bool = True,
         with_entropy: bool = False,
         with_values: bool = True,
         with_bootstrap: bool = False,
         trunk_value_coef: float = 1.0,
     ) -> Evaluation:
-        """Log-probs, values and entropies of recorded responses, differentiable, in one forward per trunk.
+        """Log-probs, values and entropies of recorded responses, differentiable, in one forward per trunk that is read.
 
         Slot t of a row is the action `y_t`, read with its value at the hidden state of the token before it, number
         `prompt_length + t - 1`. T is the longest response.
@@ -175,45 +176,41 @@ class ValueHeadLM(nn.Module):
             prompt_lengths: `[B]`, at least 1.
             response_lengths: `[B]`, at least 0.
             temperature: That of the softmax.
-            with_entropy: Whether to compute entropies.
+            with_logprobs: Whether to compute log-probs.
+            with_entropy: Whether to compute entropies; with log-probs alone.
             with_values: Whether to compute values.
             with_bootstrap: Whether to compute the value of the state after the last token.
             trunk_value_coef: Scales the gradient that the values send into a shared trunk; 0 cuts it.
 
         Raises:
-            ValueError: If the lengths do not fit `input_ids`.
+            ValueError: If the lengths do not fit `input_ids`, or entropies are asked for without log-probs.
         """
+        if with_entropy and not with_logprobs:
+            raise ValueError("with_entropy: expected False, because with_logprobs is False, got True")
         slots = Slots(prompt_lengths, response_lengths, input_ids, with_bootstrap)
-        hidden = packed_hidden(backbone(self.lm), input_ids, slots.packing)
-        at_actions = hidden.index_select(0, slots.sources)
-        targets = input_ids.reshape(-1).index_select(0, slots.targets)
-        head = output_head(self.lm)
-        logprobs, entropy = packed_logprobs(at_actions, head, targets, temperature, with_entropy=with_entropy)
-        zeros = torch.zeros(slots.shape, device=input_ids.device)
-        values = normalized = zeros
-        bootstrap = zeros.new_zeros(len(input_ids))
-        if with_values or with_bootstrap:
-            if self.critic_backbone is not None:
-                hidden = packed_hidden(self.critic_backbone, input_ids, slots.packing)
-                at_actions = hidden.index_select(0, slots.sources)
-            elif trunk_value_coef != 1.0:
-                hidden, at_actions = (
-                    scale_gradient(hidden, trunk_value_coef),
-                    scale_gradient(at_actions, trunk_value_coef),
-                )
+        logprobs = entropy = values = normalized = torch.zeros(slots.shape, device=input_ids.device)
+        bootstrap = logprobs.new_zeros(len(input_ids))
+        with_critic, shared = with_values or with_bootstrap, self.critic_backbone is None
+        hidden = at_actions = torch.empty(0)
+        if with_logprobs or (with_critic and shared):
+            hidden, at_actions = _read(backbone(self.lm), input_ids, slots)
+        if with_logprobs:
+            targets = input_ids.reshape(-1).index_select(0, slots.targets)
+            head = output_head(self.lm)
+            packed, entropies = packed_logprobs(at_actions, head, targets, temperature, with_entropy=with_entropy)
+            logprobs = unpack(packed, slots.where, slots.shape)
+            entropy = entropy if entropies is None else unpack(entropies, slots.where, slots.shape)
+        if with_critic and self.critic_backbone is not None:
+            hidden, at_actions = _read(self.critic_backbone, input_ids, slots)
+        elif with_critic and trunk_value_coef != 1.0:
+            hidden, at_actions = (scale_gradient(states, trunk_value_coef) for states in (hidden, at_actions))
         if with_values:
             packed = self.value_head(at_actions)
             normalized = unpack(packed, slots.where, slots.shape)
             values = unpack(self.value_head.denormalize(packed), slots.where, slots.shape)
         if with_bootstrap:
             bootstrap = self.value_head.denormalize(self.value_head(hidden.index_select(0, slots.last)))
-        return Evaluation(
-            logprobs=unpack(logprobs, slots.where, slots.shape),
-            values=values,
-            normalized_values=normalized,
-            entropy=zeros if entropy is None else unpack(entropy, slots.where, slots.shape),
-            bootstrap_values=bootstrap,
-        )
+        return Evaluation(logprobs, values, normalized, entropy, bootstrap)
 
     def final_values(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Value `[B]` of the state after each row's last token; `input_ids` `[B, L]` right-padded, `lengths` `[B]`."""
@@ -249,6 +246,12 @@ class ValueHeadLM(nn.Module):
         """Save everything `from_pretrained` needs, and the tokenizer if given, as `agents.policy_files` describes."""
         critic = Critic(self.critic_kind, self.value_head, self.critic_backbone)
         save_policy_files(self.lm, critic, Path(folder), tokenizer)
+
+
+def _read(trunk: nn.Module, input_ids: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
+    """Final hidden states of all tokens that are forwarded, packed, and of those before an action."""
+    hidden = packed_hidden(trunk, input_ids, slots.packing)
+    return hidden, hidden.index_select(0, slots.sources)
 
 
 def _enable_checkpointing(*models: Any) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
 
+from agents.config import TrainConfig
 from agents.masked import whiten
 from agents.policy import Evaluation, ValueHeadLM
 from agents.returns import discounted_returns
@@ -42,13 +43,13 @@ class Rollout:
     rewards: Tensor
     """`[B, T]`: what is learnt from: score, KL and penalties."""
     old_logprobs: Tensor
-    """`[B, T]`: log π of the trainer's own forward, before the update."""
+    """`[B, T]`: log π of the trainer's own forward, before the update; or the sampler's, taken for it."""
     behavior_logprobs: Tensor
     """`[B, T]`: log π as the sampler had it."""
     ref_logprobs: Tensor
     """`[B, T]`: log π_ref; zeros without a reference."""
     entropy: Tensor
-    """`[B, T]`: entropy of π(·|s_t)."""
+    """`[B, T]`: entropy of π(·|s_t); without a forward of the trainer's, −log π(a_t|s_t), of which it is the mean."""
     values: Tensor
     """`[B, T]`: V(s_t), in reward units; zeros without a critic."""
     bootstrap_values: Tensor
@@ -118,12 +119,9 @@ def collect(
     task: Task,
     sampler: Sampler,
     prompts: Sequence[Sequence[int]],
+    config: TrainConfig,
     *,
     seed: int,
-    microbatch_episodes: int,
-    gamma: float = 1.0,
-    whiten_rewards: bool = False,
-    score_clip: float | None = None,
     group_size: int = 1,
     with_values: bool = True,
     with_greedy: bool = False,
@@ -137,11 +135,9 @@ def collect(
         task: The environment's; pays the rewards.
         sampler: Draws the responses from the same weights.
         prompts: As token ids; B is their number times `group_size`.
+        config: Its `forward_episodes`, `old_logprobs` and `score_clip`; and `gamma` and `whiten_rewards`, because the
+            first returns set the value scale.
         seed: Of the samples.
-        microbatch_episodes: Episodes of one forward.
-        gamma: Discount of the returns that first set the value scale.
-        whiten_rewards: Whether learning whitens the rewards, so that the value scale is that of whitened ones.
-        score_clip: Bound of the scores that are learnt from.
         group_size: Responses to each prompt, side by side.
         with_values: Whether there is a critic to ask.
         with_greedy: Whether each prompt's greedy response is sampled and scored too.
@@ -161,15 +157,16 @@ def collect(
     sampled = time.perf_counter()
     ids, starts, lengths, behavior = _padded(prompts, samples, task.device)
     with autocast():
-        old = _evaluate(policy, task, ids, starts, lengths, microbatch_episodes, with_values)
+        old = _evaluate(policy, task, ids, starts, lengths, config, with_values)
+    if config.old_logprobs == "sampler":
+        old = old._replace(logprobs=behavior, entropy=-behavior)
     evaluated = time.perf_counter()
     record = replay(task, prompts, samples.responses, old.logprobs, reference_scope=autocast)
-    rewards = _charged(task, record, _clipped(record, score_clip), old.logprobs if charge_kl else None)
-    greedy = None if greedy_samples is None else _greedy_returns(task, each, greedy_samples, score_clip)
+    rewards = _charged(task, record, _clipped(record, config.score_clip), old.logprobs if charge_kl else None)
+    greedy = None if greedy_samples is None else _greedy_returns(task, each, greedy_samples, config.score_clip)
     values, bootstrap_values = old.values, old.bootstrap_values
     if with_values and policy.value_head.value_count == 0:
-        learnt = whiten(rewards, record.mask, shift_mean=False) if whiten_rewards else rewards
-        values, bootstrap_values = _first_values(policy.value_head, old, discounted_returns(learnt, gamma), record.mask)
+        values, bootstrap_values = _first_values(policy.value_head, old, rewards, record.mask, config)
     rewarded = time.perf_counter()
     return Rollout(
         ids=record.ids,
@@ -190,7 +187,7 @@ def collect(
         seconds={"sample": sampled - start, "evaluate": evaluated - sampled, "reward": rewarded - evaluated},
         groups=torch.arange(len(prompts), device=task.device) // group_size,
         greedy=None if greedy is None else greedy.repeat_interleave(group_size),
-        task_rewards=_without_kl(record, score_clip),
+        task_rewards=_without_kl(record, config.score_clip),
         fingerprint=samples.fingerprint,
         score_parts=record.score_parts,
     )
@@ -210,9 +207,12 @@ def _padded(
     )
 
 
-def _first_values(head: ValueHead, old: Evaluation, returns: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _first_values(
+    head: ValueHead, old: Evaluation, rewards: Tensor, mask: Tensor, config: TrainConfig
+) -> tuple[Tensor, Tensor]:
     """Values and bootstrap values of a critic that has no scale yet: the first returns set it."""
-    if not first_value_scale(head, returns, mask):
+    learnt = whiten(rewards, mask, shift_mean=False) if config.whiten_rewards else rewards
+    if not first_value_scale(head, discounted_returns(learnt, config.gamma), mask):
         return old.values, old.bootstrap_values
     # A new critic foresees the mean of the first returns, from these episodes on.
     mean = head.value_mean.float()
@@ -273,21 +273,23 @@ def _evaluate(
     ids: Tensor,
     starts: Tensor,
     lengths: Tensor,
-    microbatch_episodes: int,
+    config: TrainConfig,
     with_values: bool,
 ) -> Evaluation:
     """`policy.evaluate` in microbatches."""
+    with_logprobs = config.old_logprobs == "forward"
     parts = [
         policy.evaluate(
             ids[rows],
             starts[rows],
             lengths[rows],
             temperature=task.options.temperature,
-            with_entropy=True,
+            with_logprobs=with_logprobs,
+            with_entropy=with_logprobs,
             with_values=with_values,
             with_bootstrap=with_values and task.options.length_end == "truncate",
         )
-        for rows in torch.arange(len(ids), device=ids.device).split(microbatch_episodes)
+        for rows in torch.arange(len(ids), device=ids.device).split(config.forward_episodes)
     ]
     steps = int(lengths.max())
 

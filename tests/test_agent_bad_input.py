@@ -51,6 +51,7 @@ CONFIG: list[tuple[str, Any, str]] = [
     *(("dual_clip", value, "a number > 1") for value in (1.0, 0.5, -2, "2", float("nan"))),
     *(("correction_cap", value, "a number > 0") for value in (0.0, -2, "2", None, float("inf"))),
     ("correction", "tokens", "one of token, sequence, none"),
+    ("old_logprobs", "both", "one of forward, sampler"),
     ("bf16", 1, "True, False or None"),
     ("lr_schedule", "exponential", "one of constant, linear, cosine"),
     ("minibatches", 65, "at most batch_episodes=64"),

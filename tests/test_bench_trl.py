@@ -12,7 +12,17 @@ from transformers import AutoModelForCausalLM
 
 from scripts.benching import ppo, ppo_trl
 from scripts.benching.models import FreeScore
-from scripts.benching.ppo import BF16, TRL, TRL_NO_GC, Goal, IterationTiming, NativeIteration, measure_task, section
+from scripts.benching.ppo import (
+    BF16,
+    SPARED,
+    TRL,
+    TRL_NO_GC,
+    Goal,
+    IterationTiming,
+    NativeIteration,
+    measure_task,
+    section,
+)
 from scripts.benching.ppo_floor import FloorIteration
 from scripts.benching.ppo_task import EPOCHS, MINIBATCHES, Phases, Task, random_task, story_tasks
 
@@ -188,7 +198,7 @@ def test_all_are_measured_in_turn(task: Task, with_trl: bool, monkeypatch: pytes
     monkeypatch.setattr(ppo_trl, "is_there", lambda: with_trl)
     told: list[str] = []
     found = measure_task(task, 1, told.append, bf16=True)
-    names = ["native, separate", "floor, separate", "native, shared", "floor, shared", BF16]
+    names = ["native, separate", "floor, separate", "native, shared", "floor, shared", SPARED, BF16]
     assert [timing.name for timing in found] == ([TRL, TRL_NO_GC] if with_trl else []) + names
     assert len(told) == len(found)
     for timing in found:

@@ -15,6 +15,7 @@ import torch
 
 import textenv  # noqa: F401 - registers RLHF-Text-v0
 from agents import PPO, PPOConfig, ValueHeadLM
+from agents.config import OldLogprobs
 from agents.rollout import Rollout
 from agents.sampling import TransformersSampler
 from scripts.benching import ppo_trl
@@ -35,6 +36,7 @@ from scripts.benching.timing import Competitor, Timing, measure, table
 PHASES = ("generate", "reference", "reward", "values", "update", "gc")
 TRL, TRL_NO_GC, BF16 = "TRL", "TRL, no gc", "native, separate, bf16"
 COMPILED = "native, shared, compiled"
+SPARED = "native, separate, sampler's log-probs"
 CRITICS = ("separate", "shared")
 FLOOR_GOAL = 1.15
 FLOOR_BATCHES = 4
@@ -50,6 +52,8 @@ nothing. "floor" is what the models' own forwards and backwards cost with nothin
 same tokens (by the decoder of this project), a reference forward, a value forward, and each minibatch's forward,
 backward and fused Adam step. It is no
 bound of the possible where responses are ragged: it pads them. "compiled" has its trunk compiled for learning.
+"sampler's log-probs" is `old_logprobs="sampler"`: the log-probs before the update are those that generation told, as
+TRL's are; by default the native agent forwards its policy over them once more, to hold the sampler against it.
 
 In the tables of phases (CPU seconds, medians), "values" is for the native agent all that collecting has left (its own
 log-probs of the responses, values, entropies), for TRL the value forward; "update" is for TRL all that is left.
@@ -81,6 +85,7 @@ class Goal:
 
 EQUAL_GOALS = (
     Goal("native, separate", TRL_NO_GC, 1.0),
+    Goal(SPARED, TRL_NO_GC, 1.0),
     Goal("native, shared", TRL_NO_GC, 0.65),
     Goal("native, separate", "floor, separate", FLOOR_GOAL),
     Goal("native, shared", "floor, shared", FLOOR_GOAL),
@@ -130,6 +135,7 @@ def measure_task(
     for critic in CRITICS:
         makers[f"native, {critic}"] = partial(NativeIteration, task, critic)
         makers[f"floor, {critic}"] = partial(FloorIteration, task, batches, shared=critic == "shared")
+    makers[SPARED] = partial(NativeIteration, task, "separate", old_logprobs="sampler")
     if compiled:
         makers[COMPILED] = partial(NativeIteration, task, "shared", compiled=True)
     if bf16:
@@ -178,7 +184,15 @@ def _absent() -> str:
 class NativeIteration:
     """Calling it does one iteration of the native agent."""
 
-    def __init__(self, task: Task, critic: str, *, bf16: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        task: Task,
+        critic: str,
+        *,
+        bf16: bool = False,
+        compiled: bool = False,
+        old_logprobs: OldLogprobs = "forward",
+    ) -> None:
         """Load the policy and its environment.
 
         Args:
@@ -186,6 +200,7 @@ class NativeIteration:
             critic: `"separate"` or `"shared"`.
             bf16: Whether forwards run under autocast.
             compiled: Whether the policy's trunk is compiled, when it first learns.
+            old_logprobs: As in `TrainConfig`.
         """
         torch.manual_seed(0)
         self.phases = Phases()
@@ -212,6 +227,7 @@ class NativeIteration:
             learning_rate=LEARNING_RATE,
             lr_schedule="constant",
             bf16=bf16,
+            old_logprobs=old_logprobs,
         )
         self.agent = PPO(policy, envs, config, sampler)
         self.phases.watch(sampler, "sample", "generate")
