@@ -375,7 +375,8 @@ def test_an_error_names_the_part_and_its_response_once() -> None:
     reward = bound(WeightedSum({"style": (Clip(picky, 0, 1), 1.0)}))
     with pytest.raises(RewardError) as caught:
         reward.scores([[1], [1, 3]], [[5], [20]])
-    assert str(caught.value) == "reward 'raw': raised KeyError: 'f' for prompt 'ax' and response 'f'"
+    expected = "reward 'raw' of reward 'style': raised KeyError: 'f' for prompt 'ax' and response 'f'"
+    assert str(caught.value) == expected
 
 
 BAD: list[tuple[Callable[[], Any], str]] = [

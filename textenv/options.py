@@ -33,7 +33,7 @@ class EnvOptions:
     action space and the tokenizer. None: the embedded storyteller."""
     reward: Any = None
     """What scores a response: a folder or hub name of a sequence or token classifier, a callable `(prompts, responses)
-    -> scores`, or an object of `textenv.rewards`. None: the embedded reward model."""
+    -> scores`, or an object of `textenv.rewards`, whose parts may be any of these. None: the embedded reward model."""
     prompts: Any = None
     """Strings, token-id lists, chats (lists of messages, each with `role` and `content`), a `.txt`, `.jsonl`, `.json`,
     `.csv`, `.tsv` or `.parquet` file, or a `datasets.Dataset`. A mapping from such sources to weights, or a

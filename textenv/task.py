@@ -22,7 +22,6 @@ from textenv.prompts import Prompt, PromptMixture, read_prompts, tokenize_prompt
 from textenv.reference import Reference, only_allowed
 from textenv.rewards.base import TextDecoder
 from textenv.rewards.binding import as_reward
-from textenv.rewards.folders import load_reward
 from textenv.rewards.reward import Reward
 
 
@@ -166,18 +165,14 @@ class Task:
 
     def _load_reward(self) -> Reward:
         reward = self.options.reward if self.options.reward is not None else embedded.REWARD
-        if isinstance(reward, str | Path):
-            reward = load_reward(
-                reward,
-                device=self.device,
-                dtype=self.options.torch_dtype,
-                trust_remote_code=self.options.trust_remote_code,
-            )
         return as_reward(
             reward,
             tokenizer=self.tokenizer,
             stop_token_ids=self.stop_token_ids,
             max_new_tokens=self.options.max_new_tokens,
+            device=self.device,
+            dtype=self.options.torch_dtype,
+            trust_remote_code=self.options.trust_remote_code,
         )
 
     def _load_reference(self, source: str | Path | Shared) -> Reference:

@@ -13,7 +13,8 @@ from textenv.rewards.preference import PairClassifier, Pointwise, PreferenceRewa
 from textenv.rewards.reward import Reward
 from textenv.rewards.rules import LengthTarget, MissingEOS, RegexMatch, SoftOverlong
 from textenv.rewards.running import LengthControlled, RunningNormalization
-from textenv.rewards.tokens import StepReward, TokenAggregate, TokenClassifierReward, TokenFunction
+from textenv.rewards.token_classifier import TokenClassifierReward
+from textenv.rewards.tokens import StepReward, TokenAggregate, TokenFunction
 from textenv.rewards.words import WordsReward
 
 __all__ = [

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
+
+import torch
 
 
 class RewardFunction(Protocol):
@@ -49,6 +51,22 @@ class RewardContext:
     """Ids that end a response."""
     max_new_tokens: int | None = None
     """Longest response; None: not known."""
+    device: str | torch.device = "cpu"
+    """Where a reward model that is named by its folder runs."""
+    dtype: torch.dtype = torch.float32
+    """Its floating-point type."""
+    trust_remote_code: bool = False
+    """Whether its folder may bring Python code."""
+    place: str = "reward"
+    """What errors call the reward that is bound."""
+
+    def within(self, label: str) -> RewardContext:
+        """What a reward learns that this one is made of.
+
+        >>> RewardContext().within("reward 'style'").within("reward 'raw'").place
+        "reward 'raw' of reward 'style'"
+        """
+        return replace(self, place=label if self.place == "reward" else f"{label} of {self.place}")
 
     @property
     def decoder(self) -> TextDecoder:

@@ -27,6 +27,7 @@ class ClassifierReward:
         self,
         source: str | Path,
         *,
+        argument: str = "reward",
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_tokens: int = 16_384,
@@ -36,6 +37,7 @@ class ClassifierReward:
 
         Args:
             source: Folder or hub name of a sequence classifier with one label; safetensors only.
+            argument: For error messages.
             device: Where it runs.
             dtype: Its floating-point type; the head is float32.
             batch_tokens: How many padded tokens one forward may hold.
@@ -47,12 +49,12 @@ class ClassifierReward:
         self.source = source
         self.batch_tokens = batch_tokens
         model, self.tokenizer = load_classifier(
-            source, argument="reward", device=device, dtype=dtype, trust_remote_code=trust_remote_code
+            source, argument=argument, device=device, dtype=dtype, trust_remote_code=trust_remote_code
         )
         self.model: Any = model
         if not isinstance(getattr(model, "score", None), torch.nn.Linear):
             raise ValueError(
-                f"reward: expected a classifier with a linear head named score, got {type(model).__name__}"
+                f"{argument}: expected a classifier with a linear head named score, got {type(model).__name__}"
             )
         self.bias = float(getattr(self.model.config, "reward_bias", 0.0))
         self.scale = float(getattr(self.model.config, "reward_scale", 1.0))

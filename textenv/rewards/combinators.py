@@ -31,7 +31,8 @@ def check_number(name: str, value: Any, *, low: float = -math.inf) -> None:
 class WeightedSum:
     """score = Σ_i w_i·s_i. Each s_i is told under its name, before its weight.
 
-    Rewards of text, of ids and per token mix: what is per token is paid at each token, the others at the end.
+    Rewards of text, of ids and per token mix: what is per token is paid at each token, the others at the end. A reward
+    may be the folder of a model, as everywhere in a combination: it is loaded where and when the environment is made.
 
     Example:
         >>> calm = WeightedSum({"calm": (lambda prompts, responses: [-r.count("!") for r in responses], 0.5)})
@@ -53,7 +54,7 @@ class WeightedSum:
     def bind(self, context: RewardContext) -> BoundSum:
         """The sum of the bound terms."""
         bound = {
-            name: (bind_reward(reward, context, label=f"reward {name!r}"), float(weight))
+            name: (bind_reward(reward, context.within(f"reward {name!r}")), float(weight))
             for name, (reward, weight) in self.terms.items()
         }
         return _split(bound)

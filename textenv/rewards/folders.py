@@ -9,13 +9,14 @@ import torch
 from textenv.models import load_config
 from textenv.rewards.base import RewardFunction
 from textenv.rewards.classifier import ClassifierReward
-from textenv.rewards.tokens import TokenClassifierReward
+from textenv.rewards.token_classifier import TokenClassifierReward
 from textenv.rewards.words import WordsReward
 
 
 def load_reward(
     source: str | Path,
     *,
+    argument: str = "reward",
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
@@ -24,6 +25,7 @@ def load_reward(
 
     Args:
         source: Folder, or hub name of a classifier.
+        argument: For error messages.
         device: Where a classifier runs.
         dtype: Its floating-point type.
         trust_remote_code: Whether the folder may bring Python code.
@@ -32,8 +34,8 @@ def load_reward(
         ValueError: If the folder is unknown or holds something else.
     """
     if WordsReward.is_in(source):
-        return WordsReward.load(source)
-    config = load_config(source, argument="reward", trust_remote_code=trust_remote_code)
+        return WordsReward.load(source, argument=argument)
+    config = load_config(source, argument=argument, trust_remote_code=trust_remote_code)
     of_tokens = any(name.endswith("ForTokenClassification") for name in config.architectures or ())
     kind = TokenClassifierReward if of_tokens else ClassifierReward
-    return kind(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    return kind(source, argument=argument, device=device, dtype=dtype, trust_remote_code=trust_remote_code)

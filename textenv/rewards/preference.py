@@ -46,6 +46,8 @@ class Pointwise:
         for name in ("wants_ids", "bind"):
             if getattr(self.reward, name, False):
                 raise ValueError(f"reward: expected a plain reward of text, got one with {name}, {self.reward!r}")
+        if not callable(self.reward):
+            raise ValueError(f"reward: expected a reward of text (load_reward reads a folder), got {self.reward!r}")
 
     def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> list[float]:
         """One logit a pair."""

@@ -99,8 +99,12 @@ class WordsReward:
         save_file({"idf": self.idf, "weights": self.weights}, folder / _NUMBERS)
 
     @classmethod
-    def load(cls, folder: str | Path) -> WordsReward:
+    def load(cls, folder: str | Path, *, argument: str = "reward") -> WordsReward:
         """Read what `save` wrote.
+
+        Args:
+            folder: Where that is.
+            argument: For error messages.
 
         Raises:
             ValueError: If the folder holds something else.
@@ -113,5 +117,5 @@ class WordsReward:
             return cls(idf=numbers["idf"], weights=numbers["weights"], **settings)
         except (OSError, KeyError, TypeError, json.JSONDecodeError, SafetensorError) as error:
             raise ValueError(
-                f"reward: expected a folder with {_SETTINGS} and {_NUMBERS}, got {str(folder)!r} ({error})"
+                f"{argument}: expected a folder with {_SETTINGS} and {_NUMBERS}, got {str(folder)!r} ({error})"
             ) from error
