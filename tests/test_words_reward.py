@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import sys
@@ -16,7 +17,7 @@ from env_fixtures import EOS, tiny_llama, tiny_tokenizer
 import textenv
 from scripts.reward_modelling.examples import Example, Text
 from scripts.reward_modelling.words import WordSettings, fit_words, standardise_words
-from textenv.rewards import WordsReward
+from textenv.rewards import Pointwise, WordsReward
 
 GOOD, BAD = "a warm and funny film", "a dull and slow film"
 TEXTS = [
@@ -119,6 +120,7 @@ def test_standardised_scores_lead_back_to_raw_ones() -> None:
     scores = np.array(standard([""] * 6, TEXTS))
     assert [scores.mean(), scores.std()] == pytest.approx([0.0, 1.0], abs=1e-12)
     np.testing.assert_allclose(back["scale"] * scores + back["offset"], raw, rtol=1e-12)
+    assert standard.scale == back["scale"]
     with pytest.raises(ValueError, match="reference: expected texts whose scores differ, got 2 scores of"):
         standardise_words(fitted, [Text("", "unknown")] * 2)
 
@@ -129,6 +131,24 @@ def test_a_folder_needs_no_scikit_learn_and_scores_the_same(tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert WordsReward.is_in(tmp_path / "deep" / "folder")
     assert WordsReward.load(tmp_path / "deep" / "folder")([""] * 6, TEXTS) == fitted([""] * 6, TEXTS)
+
+
+def test_win_probabilities_are_in_the_units_of_what_it_was_fitted_to(tmp_path: Path) -> None:
+    pairs = [Example((Text("", TEXTS[a]), Text("", TEXTS[b]))) for a, b in ((0, 1), (2, 3), (4, 3), (4, 5), (5, 1))]
+    fitted = fit_words("pairs", pairs, WordSettings(min_texts=1))
+    standard, _ = standardise_words(fitted, [Text("", text) for text in TEXTS])
+    standard.save(tmp_path)
+    first, second = fitted(["", ""], TEXTS[:2])  # log-odds, as they were fitted
+    (logit,) = Pointwise(WordsReward.load(tmp_path))([""], TEXTS[:1], TEXTS[1:2])
+    assert logit == pytest.approx(first - second, rel=1e-12) and abs(standard.scale - 1) > 0.1
+
+
+def test_a_folder_without_a_scale_has_that_of_its_scores(tmp_path: Path) -> None:
+    reward(scale=2.5).save(tmp_path)
+    settings = json.loads((tmp_path / "words.json").read_text())
+    assert settings.pop("scale") == 2.5 and WordsReward.load(tmp_path).scale == 2.5
+    (tmp_path / "words.json").write_text(json.dumps(settings))
+    assert WordsReward.load(tmp_path).scale == 1.0
 
 
 def test_a_folder_is_a_reward_of_the_environment(tmp_path: Path) -> None:
@@ -155,6 +175,7 @@ def test_a_folder_is_a_reward_of_the_environment(tmp_path: Path) -> None:
         ({"weights": np.array([0, 0, 0, np.nan])}, "weights: expected 4 finite numbers"),
         ({"idf": np.array([1.0, 1.0, 0.0, 1.0])}, "idf: expected positive numbers, got 0.0"),
         ({"bias": math.inf}, "bias: expected a finite number, got inf"),
+        ({"scale": 0.0}, r"scale: expected a finite number > 0, got 0\.0"),
         ({"longest": 0}, "longest: expected at least 1 word a term, got 0"),
     ],
 )

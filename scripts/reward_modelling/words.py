@@ -93,5 +93,5 @@ def standardise_words(reward: WordsReward, reference: Sequence[Text]) -> tuple[W
     mean, sd = float(scores.mean()), float(scores.std())
     if not sd > 0:
         raise ValueError(f"reference: expected texts whose scores differ, got {len(reference)} scores of {mean}")
-    fitted = replace(reward, weights=reward.weights / sd, bias=(reward.bias - mean) / sd)
+    fitted = replace(reward, weights=reward.weights / sd, bias=(reward.bias - mean) / sd, scale=reward.scale * sd)
     return fitted, {"bias": fitted.bias, "scale": sd, "offset": mean}

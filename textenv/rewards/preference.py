@@ -37,7 +37,7 @@ class Pointwise:
     reward: RewardFunction
     """Of text, one number a response: a `ClassifierReward`, say."""
     scale: float | None = None
-    """Log-odds a unit of score; None: the reward's own `scale` (a normalised `ClassifierReward` has one), else 1."""
+    """Log-odds a unit of score; None: the reward's own `scale` (that of a normalised reward model), else 1."""
 
     def __post_init__(self) -> None:
         """Check that it is asked in text, alone."""

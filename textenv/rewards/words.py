@@ -44,6 +44,9 @@ class WordsReward:
     """Regular expression of a word."""
     longest: int = 2
     """Most words of a term."""
+    scale: float = 1.0
+    """What undoes the normalisation of scores: σ(scale·(score_a − score_b)) is the probability that a is preferred to
+    b, of a reward that was fitted to preferences."""
 
     def __post_init__(self) -> None:
         """Check the shapes and the numbers.
@@ -61,6 +64,8 @@ class WordsReward:
             raise ValueError(f"bias: expected a finite number, got {self.bias}")
         if self.longest < 1:
             raise ValueError(f"longest: expected at least 1 word a term, got {self.longest}")
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"scale: expected a finite number > 0, got {self.scale}")
 
     @cached_property
     def places(self) -> dict[str, int]:
@@ -94,7 +99,7 @@ class WordsReward:
         """Write `words.json` (terms and settings) and `words.safetensors` (numbers)."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = {"pattern": self.pattern, "longest": self.longest, "bias": self.bias, "terms": self.terms}
+        settings = {name: getattr(self, name) for name in ("pattern", "longest", "bias", "scale", "terms")}
         (folder / _SETTINGS).write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf8")
         save_file({"idf": self.idf, "weights": self.weights}, folder / _NUMBERS)
 
