@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 import env_fixtures as fixtures
 import pytest
 import torch
-from env_fixtures import EOS
+from env_fixtures import BOS, EOS, PAD
 from reward_fixtures import CONTEXT, save_judge, save_model, shared
+from tokenizers.processors import TemplateProcessing
 
 from textenv import Shared, TextVectorEnv
 from textenv.rewards import (
@@ -208,6 +210,24 @@ def test_a_response_without_text_is_worth_its_end(folder: Any) -> None:
     scores = judge.scores([[1, 3], [1, 3], [1]], [[EOS], [0, 0], [EOS]])
     end = logprob(5, [3], [EOS])[0]
     assert scores.tolist() == pytest.approx([end, end, logprob(5, [1], [EOS])[0]], abs=1e-5)
+
+
+@pytest.mark.parametrize(("template", "begin"), [("<s> $A </s>", [BOS]), ("$A </s>", []), ("<s> $A </s> <pad>", [BOS])])
+def test_what_a_tokenizer_puts_after_every_text_is_not_scored(template: str, begin: list[int], tmp_path: Path) -> None:
+    fixtures.tiny_llama(5).save_pretrained(tmp_path)
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<s>", BOS), ("</s>", EOS), ("<pad>", PAD)]
+    )
+    tokenizer.save_pretrained(tmp_path)
+    reward = TextLogProbReward(tmp_path, reduce="sum")
+    assert reward.tokenizer("ax")["input_ids"][-1] != 3  # it does put something there
+    judge = bind_reward(reward, CONTEXT)
+    # Cut at the length; ended; ended at once; a prompt without text.
+    scores = judge.scores([[1, 3, 7], [1, 3, 7], [1, 3], [1]], [[11, 11], [11, EOS], [EOS], [7, EOS]])
+    cases = [([3, 7], [11, 11]), ([3, 7], [11, EOS]), ([3], [EOS]), ([], [7, EOS])]
+    expected = [sum(logprob(5, [*begin, *prompt] or [BOS], response)) for prompt, response in cases]
+    assert scores.tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_judge_of_text_needs_an_end(folder: Any, tmp_path: Path) -> None:

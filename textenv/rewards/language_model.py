@@ -117,9 +117,10 @@ class LogProbReward:
 class TextLogProbReward:
     """As `LogProbReward`, of the text, by a judge with its own tokenizer.
 
-    Prompt and response are encoded as one text, and what the prompt encoded alone does not begin with is the response.
-    After a response that ended with a stop token the judge's EOS counts, too, and of a response without text nothing
-    else does: otherwise to stop at once would be the best of all.
+    Prompt and response are encoded as one text, and what the prompt encoded alone does not begin with is the response;
+    what the tokenizer puts after every text, an EOS for instance, is not of it. After a response that ended with a stop
+    token the judge's EOS counts, too, and of a response without text nothing else does: otherwise to stop at once would
+    be the best of all.
     """
 
     def __init__(
@@ -149,6 +150,14 @@ class TextLogProbReward:
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"reward: expected a judge whose tokenizer has an EOS token, got {source}")
         self.logprobs = TokenLogprobs(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        added = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        self.tail = added[::-1].index(0)
+        """How many tokens the tokenizer puts after every text."""
+
+    def ids(self, text: str) -> list[int]:
+        """Of a text that may go on."""
+        whole = self.tokenizer(text)["input_ids"]
+        return whole[: len(whole) - self.tail]
 
     def bind(self, context: RewardContext) -> BoundTextJudge:
         """The judge, with the policy's way from ids to text."""
@@ -174,7 +183,7 @@ class BoundTextJudge:
 
     def _encode(self, prompt: str, response: str, stop: bool) -> tuple[list[int], list[int]]:
         tokenizer: Any = self.judge.tokenizer
-        start, whole = tokenizer(prompt)["input_ids"], tokenizer(prompt + response)["input_ids"]
+        start, whole = self.judge.ids(prompt), self.judge.ids(prompt + response)
         pairs = zip(start, whole, strict=False)
         same = next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(start), len(whole)))
         eos = tokenizer.eos_token_id
