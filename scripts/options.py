@@ -16,6 +16,7 @@ import torch
 
 import textenv
 from textenv.kl import AdaptiveKL
+from textenv.prompts import PROMPT_SUFFIXES
 from textenv.rewards.binding import as_reward
 from textenv.rewards.folders import load_reward
 from textenv.rewards.reward import Reward
@@ -165,6 +166,9 @@ def heldout_prompts(flags: EnvFlags) -> list[Any]:
 def prompt_sources(given: Sequence[str] | None) -> Any:
     """Files with their weights, which stand behind the last `=`; None stays None.
 
+    Raises:
+        ValueError: If what stands there is no number.
+
     >>> prompt_sources(["a.jsonl=2", "b=c.txt"]).sources
     (('a.jsonl', 2.0), ('b=c.txt', 1.0))
     """
@@ -172,11 +176,13 @@ def prompt_sources(given: Sequence[str] | None) -> Any:
 
 
 def _weighted(given: str) -> tuple[str, float]:
-    name, _, weight = given.rpartition("=")
+    name, equals, weight = given.rpartition("=")
+    if not equals or Path(given).suffix in PROMPT_SUFFIXES:
+        return given, 1.0
     try:
         return name, float(weight)
     except ValueError:
-        return given, 1.0
+        raise ValueError(f"env.prompts: expected file=weight, a number behind the last '=', got {given!r}") from None
 
 
 def run(main: Callable[[Any], None], flags: Any) -> None:

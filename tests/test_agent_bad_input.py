@@ -88,7 +88,7 @@ CASES: dict[str, Case] = {
     ),
     "PPO: an eval prompt that is too long": (
         lambda _: PPO(make_policy(), make_env(), eval_prompts=[[5] * 9]),
-        r"prompts: expected at most max_prompt_tokens=4 tokens, got 9",
+        r"prompts: at 0: expected at most max_prompt_tokens=4 tokens, got 9",
     ),
     "PPO: text without a tokenizer": (
         lambda _: PPO(make_policy(), make_env(), eval_prompts=["hello"]),
@@ -96,8 +96,8 @@ CASES: dict[str, Case] = {
     ),
     "learn: negative": (lambda _: make_agent().learn(-1), r"iterations: expected an integer >= 0, got -1"),
     "learn: no integer": (lambda _: make_agent().learn(1.5), r"iterations: expected an integer >= 0, got 1.5"),  # type: ignore[arg-type]
-    "collect: an empty prompt": (lambda _: make_agent().collect([[]]), r"prompts: expected at least one token"),
-    "collect: an unknown id": (lambda _: make_agent().collect([[64]]), r"prompts: expected ids in \[0, 64\)"),
+    "collect: an empty prompt": (lambda _: make_agent().collect([[]]), r"prompts: at 0: expected at least one token"),
+    "collect: an unknown id": (lambda _: make_agent().collect([[64]]), r"prompts: at 0: expected ids in \[0, 64\)"),
     "collect: no prompts": (lambda _: make_agent().collect([]), r"prompts: expected at least one, got none"),
     "evaluate: no prompts": (lambda _: make_agent().evaluate(), r"prompts: expected some"),
     "evaluate: an empty list": (lambda _: evaluate(make_policy(), make_env(), []), r"prompts: expected at least one"),

@@ -11,6 +11,7 @@ import env_fixtures as fixtures
 import numpy as np
 import pytest
 
+from scripts.options import prompt_sources
 from textenv import MixedPromptStream, PromptMixture, PromptStream, Shared, TextEnv
 from textenv.prompts import read_prompts, tokenize_prompts
 
@@ -83,18 +84,18 @@ def test_a_bad_line_is_named_by_file_and_line(tmp_path: Path, line: str, message
 
 
 BAD_PROMPTS: list[tuple[list[Any], str]] = [
-    ([[1], ""], "prompts: expected text or ids, got an empty prompt at 1"),
-    ([[1], []], "prompts: expected at least one token, got an empty prompt at 1"),
-    ([[1], [2.5]], r"prompts: expected a string or a list of integer ids at 1, got \[2.5\]"),
-    ([[1], [True]], "prompts: expected a string or a list of integer ids at 1"),
-    ([[1], [[1], [2, 3]]], "prompts: expected a string or a list of integer ids at 1"),
-    ([[1], 7], "prompts: expected a string or a list of integer ids at 1, got 7"),
-    ([[1], None], "prompts: expected a string or a list of integer ids at 1, got None"),
-    ([[1], [1, V]], rf"prompts: expected ids in \[0, {V}\), got \[1, {V}\] at 1"),
-    ([[1], [-1]], rf"prompts: expected ids in \[0, {V}\), got \[-1\] at 1"),
+    ([[1], ""], "prompts: at 1: expected at least one token, got an empty prompt, ''"),
+    ([[1], []], r"prompts: at 1: expected at least one token, got an empty prompt, \[\]"),
+    ([[1], [2.5]], r"prompts: at 1: expected text, a list of integer ids, or messages, got \[2.5\]"),
+    ([[1], [True]], "prompts: at 1: expected text, a list of integer ids, or messages"),
+    ([[1], [[1], [2, 3]]], "prompts: at 1: expected text, a list of integer ids, or messages"),
+    ([[1], 7], "prompts: at 1: expected text, a list of integer ids, or messages, got 7"),
+    ([[1], None], "prompts: at 1: expected text, a list of integer ids, or messages, got None"),
+    ([[1], [1, V]], rf"prompts: at 1: expected ids in \[0, {V}\), got \[1, {V}\]"),
+    ([[1], [-1]], rf"prompts: at 1: expected ids in \[0, {V}\), got \[-1\]"),
     (
         [[1], [1] * 5],
-        r"prompts: expected at most max_prompt_tokens=4 tokens, got 5 in prompt 1 .*prompt_overflow='left'",
+        r"prompts: at 1: expected at most max_prompt_tokens=4 tokens, got 5 in .*prompt_overflow='left'",
     ),
 ]
 
@@ -134,6 +135,29 @@ def test_a_row_without_a_prompt_may_be_skipped(tmp_path: Path) -> None:
         f"{path}: skipped 2 of 4 rows; the first: {path}:2: expected text, ids, messages, or an object with 'prompt', "
         "got {'prompt': 3}"
     ]
+
+
+@pytest.mark.parametrize("bad", [["a", "b"], "", [], [2.5], [[1], [2, 3]], [{"role": "user"}], [True]])
+def test_what_is_no_prompt_is_skipped_or_told_where_it_stands(tmp_path: Path, bad: Any) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": row}) for row in ("ax", bad, [4])))
+    told: list[str] = []
+    assert read_prompts(path, strict=False, tell=told.append) == ["ax", [4]]
+    assert len(told) == 1 and told[0].startswith(f"{path}: skipped 1 of 3 rows; the first: {path}:2: expected")
+    with pytest.raises(ValueError, match=r"^prompts: .*p\.jsonl:2: expected"):
+        read_prompts(path)
+
+
+def test_files_in_a_list_are_no_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "p.txt"
+    path.write_text("ax\n")
+    for given in ([str(path)], [path], ["ax", str(path)], iter([str(path)] * 2)):
+        with pytest.raises(ValueError, match=r"^prompts: row \d: expected a prompt, got the name of a file, '.*txt'"):
+            read_prompts(given)
+    texts = ["no/such/file.txt", "What is p.txt", "a" * 5000 + ".txt", "\0.txt"]
+    assert read_prompts(texts) == texts
+    (tmp_path / "list.txt").write_text(f"{path}\n")  # a file of them is what it says
+    assert read_prompts(tmp_path / "list.txt") == [str(path)]
 
 
 # ------------------------------------------------------------------------------------------------------------- chats
@@ -252,3 +276,14 @@ def test_a_task_makes_the_stream_of_its_sources(tmp_path: Path) -> None:
 def test_bad_mixtures(sources: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PromptMixture.of(sources)
+
+
+def test_weights_on_the_command_line() -> None:
+    given = prompt_sources(["a.jsonl=2", "b=c.txt", "d=e.csv=.5", "f.txt"])
+    assert given.sources == (("a.jsonl", 2.0), ("b=c.txt", 1.0), ("d=e.csv", 0.5), ("f.txt", 1.0))
+    assert prompt_sources(None) is None
+    for name in ("a.jsonl=x", "a.jsonl="):
+        with pytest.raises(ValueError, match=f"env.prompts: expected file=weight, a number .*, got '{name}'"):
+            prompt_sources([name])
+    with pytest.raises(ValueError, match=r"prompts: expected a finite weight > 0 for 'a\.txt', got nan"):
+        prompt_sources(["a.txt=nan"])

@@ -153,8 +153,8 @@ BAD = [
     ({"responses": [[9, 2], [4, 40], [2]]}, r"responses: expected ids in \[0, 40\), got \[4, 40\] in row 1"),
     ({"responses": [[9, 2], [-1, 2], [2]]}, r"responses: expected ids in \[0, 40\), got \[-1, 2\] in row 1"),
     ({"responses": [[9, 2], [4.5, 2], [2]]}, r"responses: expected integer ids, got \[4.5, 2\] in row 1"),
-    ({"prompts": [[1], [], [1]]}, "prompts: expected at least one token, got an empty prompt at 1"),
-    ({"prompts": [[1], [1] * 6, [1]]}, "prompts: expected at most max_prompt_tokens=5 tokens, got 6 in prompt 1"),
+    ({"prompts": [[1], [], [1]]}, "prompts: at 1: expected at least one token, got an empty prompt"),
+    ({"prompts": [[1], [1] * 6, [1]]}, "prompts: at 1: expected at most max_prompt_tokens=5 tokens, got 6"),
     (
         {"logprobs": [[-1.0], [-1.0] * 4, [-1.0]]},
         r"logprobs: expected one per response token, \[2, 4, 1\], got \[1, 4, 1\]",

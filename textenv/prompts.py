@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ from textenv.tables import good_rows
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or messages (`role` and `content` each) for the tokenizer's chat template."""
+
+
+PROMPT_SUFFIXES = (".txt", *SUFFIXES)
+"""The files that `read_prompts` takes."""
 
 
 @dataclass(frozen=True)
@@ -55,23 +60,26 @@ def read_prompts(
             `datasets.Dataset` with a column of prompts (in `.jsonl` and `.json` also bare strings and lists); or a
             sequence of strings, id lists, message lists or mappings.
         column: The column's name.
-        strict: Whether a row without a prompt is an error; otherwise it is skipped, and later indices move up.
+        strict: Whether a row that is no prompt is an error; otherwise it is skipped, and later indices move up.
         tell: Takes the line about skipped rows; None: `warnings.warn`.
 
     Returns:
         A list that is not empty.
 
     Raises:
-        ValueError: If there are none, a file is missing, or, with `strict`, a row is no prompt.
+        ValueError: If there are none, a file is missing, the name of one stands in a list, or, with `strict`, a row is
+            no prompt.
     """
     if not _is_prompts(source):
         raise ValueError(
-            f"prompts: expected a list, a dataset, or a {', '.join(('.txt', *SUFFIXES))} file, got {shown(source)}"
+            f"prompts: expected a list, a dataset, or a {', '.join(PROMPT_SUFFIXES)} file, got {shown(source)}"
         )
     try:
         records = list(_records(source, column))
         if not records:
             raise ValueError(f"expected at least one prompt, got none from {shown(source)}")
+        if not isinstance(source, str | Path):
+            _check_no_files(records)
         return good_rows(source, records, lambda value: _prompt(value, column), strict=strict, tell=tell)
     except ValueError as error:
         raise ValueError(f"prompts: {error}") from error
@@ -79,7 +87,7 @@ def read_prompts(
 
 def _is_prompts(source: Any) -> bool:
     if isinstance(source, str | Path):
-        return Path(source).suffix in (".txt", *SUFFIXES)
+        return Path(source).suffix in PROMPT_SUFFIXES
     one_split = not isinstance(getattr(source, "column_names", None), Mapping)
     return isinstance(source, Iterable) and not isinstance(source, Mapping) and one_split
 
@@ -92,11 +100,40 @@ def _records(source: Any, column: str) -> Iterator[Record]:
     return read_records(source, [column])
 
 
+def _check_no_files(records: Sequence[Record]) -> None:
+    """Raise if the name of a file was given where a prompt was to be: it would be taken for a text."""
+    for record in records:
+        name = record.value
+        # Not Path.is_file, which raises for what is too long to be a name.
+        if isinstance(name, str | Path) and Path(name).suffix in PROMPT_SUFFIXES and os.path.isfile(name):
+            raise ValueError(
+                f"{record.where}: expected a prompt, got the name of a file, {str(name)!r}; several files are given as "
+                f"a mapping from each to its weight, {{{str(name)!r}: 1.0, ...}}"
+            )
+
+
 def _prompt(value: Any, column: str) -> Any:
     prompt = value.get(column) if isinstance(value, Mapping) else value
     if not isinstance(prompt, str | Sequence | np.ndarray):
         raise ValueError(f"expected text, ids, messages, or an object with {column!r}, got {shown(value)}")
+    _check_form(prompt)
     return prompt
+
+
+def _check_form(prompt: Any) -> None:
+    """Raise unless this is text, a list of ids, or messages, and not empty."""
+    if is_messages(prompt):
+        _check_messages(prompt)
+        return
+    if not isinstance(prompt, str):
+        try:
+            array = np.asarray(prompt)
+        except ValueError:  # lists of different lengths
+            array = np.empty((0, 0))
+        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+            raise ValueError(f"expected text, a list of integer ids, or messages, got {shown(prompt)}")
+    if not len(prompt):
+        raise ValueError(f"expected at least one token, got an empty prompt, {prompt!r}")
 
 
 def tokenize_prompts(
@@ -131,31 +168,28 @@ def tokenize_prompts(
     encoded = iter(tokenizer(texts)["input_ids"] if texts else ())
     result = []
     for number, (row, form) in enumerate(zip(rows, given, strict=True)):
-        if isinstance(form, str):
-            raw: Any = next(encoded)
-        else:
-            raw = _chat_ids(form, tokenizer, number) if is_messages(form) else form
-        ids = _check_ids(raw, row, number, vocab_size)
-        if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
-            if overflow == "error":
-                raise ValueError(
-                    f"prompts: expected at most max_prompt_tokens={max_prompt_tokens} tokens, got {len(ids)} in prompt "
-                    f"{number} ({shown(row)}); a larger max_prompt_tokens would take it, prompt_overflow='left' cut it"
-                )
-            ids = ids[-max_prompt_tokens:]
-        result.append(ids)
+        try:
+            _check_form(row)
+            if isinstance(form, str):
+                ids: Any = next(encoded)
+            else:
+                ids = chat_ids(form, tokenizer) if is_messages(form) else form
+            _check_ids(ids, row, vocab_size)
+            if max_prompt_tokens is not None and len(ids) > max_prompt_tokens:
+                if overflow == "error":
+                    raise ValueError(
+                        f"expected at most max_prompt_tokens={max_prompt_tokens} tokens, got {len(ids)} in "
+                        f"{shown(row)}; a larger max_prompt_tokens would take it, prompt_overflow='left' cut it"
+                    )
+                ids = ids[-max_prompt_tokens:]
+        except ValueError as error:
+            raise ValueError(f"prompts: at {number}: {error}") from error
+        result.append([int(token) for token in ids])
     return result
 
 
 def _as_chat(text: str) -> Prompt:
     return [{"role": "user", "content": text}]
-
-
-def _chat_ids(messages: Any, tokenizer: Any, number: int) -> list[int]:
-    try:
-        return chat_ids(messages, tokenizer)
-    except ValueError as error:
-        raise ValueError(f"prompts: at {number}: {error}") from error
 
 
 def is_messages(prompt: Any) -> bool:
@@ -177,9 +211,7 @@ def chat_ids(messages: Any, tokenizer: Any, *, answer: bool = True) -> list[int]
     """
     if tokenizer is None or tokenizer.chat_template is None:
         raise ValueError("expected a tokenizer with a chat template for messages, got one without")
-    for message in messages:
-        if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
-            raise ValueError(f"expected messages with 'role' and 'content', got {shown(message)}")
+    _check_messages(messages)
     from jinja2 import TemplateError
 
     try:
@@ -188,17 +220,14 @@ def chat_ids(messages: Any, tokenizer: Any, *, answer: bool = True) -> list[int]
         raise ValueError(f"expected messages that the chat template takes, got {error}") from error
 
 
-def _check_ids(ids: Sequence[int], prompt: Prompt, number: int, vocab_size: int) -> list[int]:
-    if isinstance(prompt, str) and not prompt:
-        raise ValueError(f"prompts: expected text or ids, got an empty prompt at {number}")
-    try:
-        array = np.asarray(ids)
-    except ValueError:
-        array = np.empty((0, 0))
-    if array.ndim == 1 and array.size == 0:
-        raise ValueError(f"prompts: expected at least one token, got an empty prompt at {number} ({shown(prompt)})")
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-        raise ValueError(f"prompts: expected a string or a list of integer ids at {number}, got {shown(prompt)}")
-    if array.min() < 0 or array.max() >= vocab_size:
-        raise ValueError(f"prompts: expected ids in [0, {vocab_size}), got {shown(prompt)} at {number}")
-    return [int(token) for token in array]
+def _check_messages(messages: Any) -> None:
+    for message in messages:
+        if not (isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message):
+            raise ValueError(f"expected messages with 'role' and 'content', got {shown(message)}")
+
+
+def _check_ids(ids: Sequence[int], prompt: Prompt, vocab_size: int) -> None:
+    if not len(ids):
+        raise ValueError(f"expected at least one token, got none from {shown(prompt)}")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise ValueError(f"expected ids in [0, {vocab_size}), got {shown(prompt)}")
