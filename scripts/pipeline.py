@@ -1,7 +1,8 @@
 """From text and preferences to an aligned model and the evidence: fine-tuning, reward model, PPO, evaluation.
 
 Without flags it goes through on the embedded corpus in some minutes. Each stage is one of the other scripts, whose
-command line is shown; one whose result is there is skipped, one that was interrupted goes on where it can.
+command line is shown; one whose result is there is skipped, one that was interrupted goes on where it can, one whose
+data have changed is run anew with all that comes after it.
 
     python scripts/pipeline.py
     python scripts/pipeline.py --model my-model --tales my-tales.jsonl --preferences my-pairs.jsonl --out runs/mine
@@ -9,6 +10,7 @@ command line is shown; one whose result is there is skipped, one that was interr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -18,16 +20,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
 from rich.markup import escape
 
 import textenv
+from scripts.evaluate import named
 from scripts.options import run
 
-_COMMAND, _DONE = "command.json", "done"
-"""In each stage's folder: script and flags that made it, and the mark that it has come to its end."""
+_COMMAND, _INPUTS, _DONE = "command.json", "inputs.json", "done"
+"""In each stage's folder: script and flags that made it, checksums of what they read, and the mark that it has come to
+its end."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ class Stage:
     """What comes of it, in words."""
     command: tuple[str, ...]
     """Script and flags."""
+    inputs: tuple[Path, ...]
+    """Files and folders that it reads, but for what earlier stages made; a name of something else is passed over."""
     checkpoint: Path | None = None
     """Where this is, `--resume` goes on."""
 
@@ -90,6 +97,7 @@ def stages(flags: Flags) -> list[Stage]:
                 *("--sft.epochs", str(flags.sft_epochs), "--sft.learning-rate", str(flags.sft_learning_rate)),
                 *("--sft.seed", str(flags.seed), "--out", str(sft)),
             ),
+            (flags.model, flags.tales),
             sft / "checkpoints",
         ),
         Stage(
@@ -99,6 +107,7 @@ def stages(flags: Flags) -> list[Stage]:
                 *("train_reward.py", "--data", str(flags.preferences), "--recipe.model", f"{sft}/model"),
                 *("--reference", str(flags.tales), "--recipe.seed", str(flags.seed), "--out", str(reward)),
             ),
+            (flags.preferences, flags.tales),
         ),
         Stage(
             "ppo",
@@ -108,6 +117,7 @@ def stages(flags: Flags) -> list[Stage]:
                 *("--env.kl-coef", str(flags.kl_coef), "--iterations", str(flags.iterations)),
                 *("--ppo.seed", str(flags.seed), "--out", str(ppo)),
             ),
+            (flags.prompts, flags.heldout),
             ppo / "checkpoint",
         ),
         Stage(
@@ -117,6 +127,7 @@ def stages(flags: Flags) -> list[Stage]:
                 *("evaluate.py", "--model", f"{ppo}/policy", "--env.reference", f"{sft}/model", *task),
                 *("--second-reward", flags.second_reward, "--out", str(evaluation)),
             ),
+            (flags.heldout, Path(named("", flags.second_reward)[1])),
         ),
     ]
 
@@ -137,23 +148,26 @@ def main(flags: Flags) -> None:
 
 
 def is_done(stage: Stage, out: Path) -> bool:
-    """Whether this very command has come to its end there.
+    """Whether this very command has come to its end there, on these inputs.
 
     Raises:
         ValueError: If something else is there.
     """
-    if _folder(stage, out).exists() and not _is_begun(stage, out):
+    folder = _folder(stage, out)
+    # A command that was refused, for a flag that was mistyped for instance, has left nothing but itself.
+    made = folder.is_dir() and {path.name for path in folder.iterdir()} - {_COMMAND, _INPUTS}
+    if made and _told(folder / _COMMAND) != list(stage.command):
         raise ValueError(
             f"out: expected a folder of the same settings, got {out}, where {stage.name} was made with others; remove "
-            f"{_folder(stage, out)} to make it anew, or choose another folder"
+            f"{folder} to make it anew, or choose another folder"
         )
-    return (_folder(stage, out) / _DONE).is_file()
+    return (folder / _DONE).is_file() and _is_begun(stage, out)
 
 
 def perform(stage: Stage, later: Sequence[Stage], flags: Flags, console: Console) -> None:
     """Run a stage's script, from its checkpoint if there is one; what was made of its earlier result is forgotten.
 
-    The command line stays beside what it makes, and a mark when it has come to its end.
+    The command line and the checksums stay beside what it makes, and a mark when it has come to its end.
 
     Raises:
         ValueError: If it fails.
@@ -167,7 +181,8 @@ def perform(stage: Stage, later: Sequence[Stage], flags: Flags, console: Console
     script, *arguments = (*stage.command, "--threads", str(flags.threads), *(["--resume"] if resume else []))
     console.print(f"[dim]$ python scripts/{escape(shlex.join([script, *arguments]))}[/]", soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / _COMMAND).write_text(json.dumps(stage.command) + "\n", encoding="utf8")
+    for name, told in ((_COMMAND, stage.command), (_INPUTS, checksums(stage.inputs))):
+        (folder / name).write_text(json.dumps(told) + "\n", encoding="utf8")
     code = subprocess.run([sys.executable, str(Path(__file__).with_name(script)), *arguments]).returncode
     if code != 0:
         raise ValueError(f"{stage.name}: expected exit status 0, got {code}; the same command goes on from here")
@@ -179,9 +194,24 @@ def _folder(stage: Stage, out: Path) -> Path:
 
 
 def _is_begun(stage: Stage, out: Path) -> bool:
-    """Whether what is there was begun by this command."""
-    told = _folder(stage, out) / _COMMAND
-    return told.is_file() and json.loads(told.read_text(encoding="utf8")) == list(stage.command)
+    """Whether what is there was begun by this command, on inputs that are what they were."""
+    folder = _folder(stage, out)
+    same = _told(folder / _COMMAND) == list(stage.command)
+    return same and _told(folder / _INPUTS) == checksums(stage.inputs)
+
+
+def _told(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf8")) if file.is_file() else None
+
+
+def checksums(inputs: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of each file, and of each in a folder, by path."""
+    files = [file for path in inputs for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    found = {}
+    for file in filter(Path.is_file, files):
+        with file.open("rb") as stream:
+            found[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return found
 
 
 if __name__ == "__main__":

@@ -22,13 +22,16 @@ class Runner:
     """In place of `subprocess.run`: leaves a checkpoint behind where the stage has them, and fails where it is to."""
 
     def __init__(self, flags: Flags) -> None:
-        self.flags, self.failing, self.ran = flags, "", []
+        self.flags, self.failing, self.refusing, self.ran = flags, "", "", []
 
     def __call__(self, command: Sequence[str]) -> Any:
         script, resumed = Path(command[1]).name, command[-1] == "--resume"
         stage = next(stage for stage in stages(self.flags) if stage.command[0] == script)
         self.ran.append(stage.name + (" resumed" if resumed else ""))
         assert resumed == (stage.checkpoint is not None and stage.checkpoint.exists())
+        if stage.name == self.refusing:
+            return subprocess.CompletedProcess(command, 2)
+        (self.flags.out / stage.name / "metrics.jsonl").touch()
         if stage.checkpoint is not None:
             stage.checkpoint.mkdir(exist_ok=True)
         return subprocess.CompletedProcess(command, int(stage.name == self.failing))
@@ -71,6 +74,51 @@ def test_what_was_made_of_an_older_result_is_made_anew(runner: Runner) -> None:
     shutil.rmtree(runner.flags.out / "reward")
     assert runner.again(failing="reward") == ["reward"]
     assert runner.again() == ["reward", "ppo", "evaluation"]  # PPO from its beginning: its checkpoint was of the older
+
+
+def test_a_mistyped_flag_does_not_keep_a_folder(runner: Runner) -> None:
+    runner.flags, runner.refusing = replace(runner.flags, model=Path("mistyped")), "sft"
+    with pytest.raises(ValueError, match=r"^sft: expected exit status 0, got 2"):
+        main(runner.flags)
+    runner.flags, runner.refusing = Flags(out=runner.flags.out), ""
+    assert runner.again() == NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "rerun"),
+    [
+        ("model", NAMES),
+        ("tales", NAMES),
+        ("preferences", NAMES[1:]),
+        ("prompts", NAMES[2:]),
+        ("heldout", NAMES[2:]),
+        ("second", NAMES[3:]),
+    ],
+)
+def test_what_is_made_of_changed_data_is_made_anew(runner: Runner, tmp_path: Path, name: str, rerun: list[str]) -> None:
+    data = tmp_path / "data"
+    for folder in ("model", "second"):
+        (data / folder).mkdir(parents=True)
+        (data / folder / "weights").write_text("1")
+    for file in ("tales", "preferences", "prompts", "heldout"):
+        (data / file).write_text("1")
+    paths = {file: data / file for file in ("model", "tales", "preferences", "prompts", "heldout")}
+    runner.flags = replace(runner.flags, **paths, second_reward=f"another={data / 'second'}")
+    assert runner.again() == NAMES
+    changed = data / name / "weights" if (data / name).is_dir() else data / name
+    changed.touch()  # another time, the same content
+    assert runner.again() == []
+    changed.write_text("2")
+    assert runner.again() == rerun and runner.again() == []
+
+
+def test_changed_data_do_not_go_on_from_the_checkpoint(runner: Runner, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("One day")
+    runner.flags = replace(runner.flags, prompts=prompts)
+    runner.again(failing="ppo")
+    prompts.write_text("Once upon a time")
+    assert runner.again() == ["ppo", "evaluation"]
 
 
 def test_threads_are_no_setting(runner: Runner) -> None:
