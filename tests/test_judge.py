@@ -279,9 +279,30 @@ def test_a_response_that_is_refused_is_found_among_others(status: int) -> None:
         return lengths(asked)
 
     with JudgeServer(answer) as server:
-        with pytest.raises(JudgeError, match=r"too long.* for prompt 'p' and response 'xxx'"):
-            judge(server)(["p"] * 4, ["", "x", "xxx", "xx"])
+        reward = judge(server)
+        with pytest.raises(JudgeError, match=r"too long.* for prompt 'p' and response 'xxx'; 2 of 4 asked for were sc"):
+            reward(["p"] * 4, ["", "x", "xxx", "xx"])
         assert [len(asked.body["responses"]) for asked in server.asked] == [4, 1, 1, 1]
+        assert reward(["p", "p"], ["", "x"]) == [0.0, 10.0] and len(server.asked) == 4  # those before it are kept
+
+
+def test_a_failure_elsewhere_ends_asking_one_by_one() -> None:
+    alone = threading.Event()
+
+    def answer(asked: Asked) -> Any:
+        if asked.body["responses"] == ["bad"]:
+            alone.wait(PATIENCE)
+            return Reply({}, 401)
+        if len(asked.body["responses"]) > 1:
+            return Reply({}, 413)
+        alone.set()
+        return Reply(lengths(asked), silent=0.5)  # longer than the refusal takes
+
+    with JudgeServer(answer) as server:
+        reward = judge(server, batch_size=2)
+        with pytest.raises(JudgeError, match=r"refused, HTTP 401.*; 1 of 3 asked for were scored and are kept"):
+            reward(["p"] * 3, ["x", "xx", "bad"])
+        assert asked_texts(server) == [["bad"], ["x"], ["x", "xx"]]
 
 
 def test_a_server_of_smaller_batches_is_asked_one_by_one() -> None:

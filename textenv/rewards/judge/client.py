@@ -71,7 +71,11 @@ class Abandoned(Exception):
     """Another request has failed for good."""
 
 
-def ask(config: JudgeConfig, chunks: Sequence[Chunk], keep: Callable[[Chunk, Sequence[float]], None]) -> None:
+Keep = Callable[[Chunk, Sequence[float]], None]
+"""Takes the scores of a request as soon as they are there."""
+
+
+def ask(config: JudgeConfig, chunks: Sequence[Chunk], keep: Keep) -> None:
     """Ask for all chunks and hand over the scores of each as they come.
 
     An event loop of its own in another thread: a total time-out is only one if an attempt can be cancelled, and the
@@ -84,21 +88,21 @@ def ask(config: JudgeConfig, chunks: Sequence[Chunk], keep: Callable[[Chunk, Seq
         portal.call(_ask_all, config, chunks, keep)
 
 
-async def _ask_all(
-    config: JudgeConfig, chunks: Sequence[Chunk], keep: Callable[[Chunk, Sequence[float]], None]
-) -> None:
+async def _ask_all(config: JudgeConfig, chunks: Sequence[Chunk], keep: Keep) -> None:
     failed, scored = anyio.Event(), 0
     failures: list[Exception] = []
     slots = anyio.CapacityLimiter(config.concurrency)
     key = config.api_key()
 
-    async def work(client: httpx2.AsyncClient, chunk: Chunk) -> None:
+    def kept(chunk: Chunk, scores: Sequence[float]) -> None:
         nonlocal scored
+        keep(chunk, scores)
+        scored += len(scores)
+
+    async def work(client: httpx2.AsyncClient, chunk: Chunk) -> None:
         async with slots:
             try:
-                if not failed.is_set():
-                    keep(chunk, await _ask_one(client, config, key, chunk, failed))
-                    scored += len(chunk.rows)
+                await _ask_one(client, config, key, chunk, failed, kept)
             except Exception as error:  # an error of the task group would come wrapped, and cancel the others
                 failures.append(error)
                 failed.set()
@@ -129,9 +133,11 @@ def _certificates() -> ssl.SSLContext:
 
 
 async def _ask_one(
-    client: httpx2.AsyncClient, config: JudgeConfig, key: str | None, chunk: Chunk, failed: anyio.Event
-) -> list[float]:
-    """The scores of a chunk, with retries."""
+    client: httpx2.AsyncClient, config: JudgeConfig, key: str | None, chunk: Chunk, failed: anyio.Event, keep: Keep
+) -> None:
+    """Ask for a chunk, with retries; for each response alone if they are refused together."""
+    if failed.is_set():
+        raise Abandoned
     retries, began = config.retries, anyio.current_time()
     jitter = random.Random()  # its own: the global state is the caller's
 
@@ -155,7 +161,7 @@ async def _ask_one(
         before_sleep=tell,
     )
     try:
-        return await retrying(_attempt, client, config, key, chunk)
+        keep(chunk, await retrying(_attempt, client, config, key, chunk))
     except RetryError as error:
         last = error.last_attempt
         cause = last.exception()
@@ -170,7 +176,9 @@ async def _ask_one(
             _log.warning(
                 "%s: refused %d responses together, each is asked for alone", where(config.url), len(chunk.rows)
             )
-            return [s for one in _alone(chunk) for s in await _ask_one(client, config, key, one, failed)]
+            for one in _alone(chunk):
+                await _ask_one(client, config, key, one, failed, keep)
+            return
         raise JudgeError(f"reward: {where(config.url)}: refused, {error}; {_which(chunk, None)}") from error
 
 
