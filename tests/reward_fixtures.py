@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -74,34 +74,54 @@ def letters(text: str) -> float:
 PROMPT_TEXTS = ["ax by", "cz", "dx ay"]
 """What the prompts of `PROMPTS` read."""
 PROMPTS = [[1, 3, 7], [1, 11], [1, 12, 4]]
+WORDS = {f"{a}{b}": (5 * i + 3 * j) % 7 / 2 - 1.25 for i, a in enumerate("abcd") for j, b in enumerate("xyz")}
+"""Values of the words that a token of the tiny tokenizer is."""
+STEPS = range(3, VOCAB, 2)
+"""Every other token ends a step."""
+
+
+def by_prompt(*values: str) -> dict[str, str]:
+    return dict(zip(PROMPT_TEXTS, values, strict=True))
+
+
+class InDigits:
+    """A reward of numbers asked about a vocabulary without digits: a reads 1, b 2, and so on."""
+
+    def __init__(self, reward: Any) -> None:
+        self.reward = reward
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        digits = str.maketrans("abcd", "1234")
+        return self.reward(prompts, [response.translate(digits) for response in responses])
+
 
 Maker = Callable[[dict[str, Path]], Any]
 EVERY: dict[str, Maker] = {
     "ClassifierReward": lambda f: rewards.ClassifierReward(f["classifier"]),
     "TokenClassifierReward": lambda f: rewards.TokenClassifierReward(f["logit"]),
     "TokenFunction": lambda f: rewards.TokenFunction(DenseReward.one),
-    "StepReward": lambda f: rewards.StepReward(DenseReward(), [5, 20]),
-    "TokenAggregate": lambda f: rewards.TokenAggregate(DenseReward(), "min", separators=[5, 20]),
+    "StepReward": lambda f: rewards.StepReward(DenseReward(), STEPS),
+    "TokenAggregate": lambda f: rewards.TokenAggregate(DenseReward(), "min", separators=STEPS),
     "RegexMatch": lambda f: rewards.RegexMatch("[ab]"),
     "LengthTarget": lambda f: rewards.LengthTarget(3),
     "SoftOverlong": lambda f: rewards.SoftOverlong(5),
     "MissingEOS": lambda f: rewards.MissingEOS(),
-    "NumericAnswer": lambda f: rewards.NumericAnswer(dict.fromkeys(PROMPT_TEXTS, "1"), none=-1),
-    "ExactAnswer": lambda f: rewards.ExactAnswer(dict.fromkeys(PROMPT_TEXTS, "by")),
-    "LexiconReward": lambda f: rewards.LexiconReward({"ax": 1.5, "by": -2.0, "c": 0.25}),
+    "NumericAnswer": lambda f: InDigits(rewards.NumericAnswer(by_prompt("1", "2", "3"), none=-1)),
+    "ExactAnswer": lambda f: rewards.ExactAnswer(by_prompt("by", "ax", "")),
+    "LexiconReward": lambda f: rewards.LexiconReward(WORDS),
     "WordsReward": lambda f: rewards.WordsReward(
-        ("ax", "by ax"), np.array([1.0, 2.0]), np.array([0.5, -1.5]), bias=0.25
+        (*WORDS, "by ax"), np.linspace(1, 2, 13), np.array([*WORDS.values(), -1.5]), bias=0.25
     ),
     "LogProbReward": lambda f: rewards.LogProbReward(shared(5)),
     "TextLogProbReward": lambda f: rewards.TextLogProbReward(f["judge"], reduce="sum"),
     "ImplicitReward": lambda f: rewards.ImplicitReward(shared(5), shared(6)),
     "ImplicitReward per token": lambda f: rewards.ImplicitReward(shared(5), shared(6), per_token=True),
     "PreferenceReward": lambda f: rewards.PreferenceReward(
-        rewards.Pointwise(LetterReward()), dict.fromkeys(PROMPT_TEXTS, " by ax")
+        rewards.Pointwise(LetterReward()), by_prompt(" by ax", " cz", " ay")
     ),
     "PreferenceReward by pairs": lambda f: rewards.PreferenceReward(
         rewards.PairClassifier(rewards.ClassifierReward(f["classifier"]), "{prompt} a{first} b{second}"),
-        dict.fromkeys(PROMPT_TEXTS, " by ax"),
+        by_prompt(" by ax", " cz", " ay"),
         log=True,
     ),
     "HumanReward": lambda f: rewards.HumanReward(

@@ -96,16 +96,21 @@ def test_a_batch_is_its_rows_one_by_one(bound: dict[str, Reward], name: str, epi
         assert json.dumps(reward.state_dict()) == state
 
 
+OF_RESPONSES_ALONE = {"RegexMatch", "LengthTarget", "SoftOverlong", "MissingEOS", "LexiconReward", "WordsReward"}
+
+
 @pytest.mark.parametrize("name", EVERY)
-def test_scores_tell_responses_apart(bound: dict[str, Reward], name: str) -> None:
-    """The test above would pass for a constant."""
-    responses = [[5, 6], [7, EOS], [3, 3, 3], [20, 5, 30, 31, 5, 6, 7], [4], [13, EOS]]
-    prompts = [PROMPTS[0]] * len(responses)
-    scores = bound[name].scores(prompts, responses)
-    if name == "NumericAnswer":
-        assert (scores == -1).all()  # the tiny vocabulary has no digits; test_reward_rules.py has answers
-    else:
-        assert len({round(float(score), 4) for score in scores}) > 1
+def test_a_mix_up_of_rows_would_show(bound: dict[str, Reward], name: str) -> None:
+    """The test above would pass for a constant: these tell responses apart, and prompts where they are read."""
+    responses = [[5, 6], [7, EOS], [3, EOS], [20, 5, 30, 31, 5, 6, 7], [4], [13, 9, EOS]]
+
+    def scores(prompts: list[list[int]]) -> list[float]:
+        return bound[name].scores(prompts, responses).round(4).tolist()
+
+    of_first = scores([PROMPTS[0]] * 6)
+    assert len(set(of_first)) > 1 and of_first[::-1] != of_first
+    others = [scores([prompt] * 6) for prompt in PROMPTS[1:]]
+    assert (of_first in others) == (name in OF_RESPONSES_ALONE)
 
 
 @pytest.mark.parametrize("name", EVERY)
