@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from textenv.rewards.combinators import check_number
+from textenv.rewards.lexicon import finite_number
 
 Ask = Callable[[str, str], str]
 """From prompt and response, made safe to show, to what the human typed."""
@@ -43,7 +43,7 @@ class HumanReward:
     def _one(self, pair: tuple[str, str]) -> float:
         while pair not in self.answers:
             typed = self.ask(printable(pair[0]), printable(pair[1]))
-            score = _number(typed)
+            score = finite_number(typed)
             if score is not None and self.low <= score <= self.high:
                 self.answers[pair] = score
         return self.answers[pair]
@@ -71,14 +71,6 @@ def printable(text: str) -> str:
         else char.encode("unicode_escape").decode()
         for char in text
     )
-
-
-def _number(typed: str) -> float | None:
-    try:
-        value = float(typed)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 class _Terminal:

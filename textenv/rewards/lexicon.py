@@ -55,7 +55,7 @@ def read_lexicon(path: str | Path) -> dict[str, float]:
         ]
     values = {}
     for number, row in rows:
-        value = _number(row[1]) if len(row) > 1 else None
+        value = finite_number(row[1]) if len(row) > 1 else None
         if value is None and number > 1:
             raise ValueError(f"lexicon: expected a word and its value in line {number} of {path.name}, got {row!r}")
         if value is not None and _WORD.fullmatch(row[0]):
@@ -65,7 +65,12 @@ def read_lexicon(path: str | Path) -> dict[str, float]:
     return values
 
 
-def _number(text: str) -> float | None:
+def finite_number(text: str) -> float | None:
+    """What a text says, None if that is no finite number.
+
+    >>> finite_number(" -2.5 "), finite_number("nan")
+    (-2.5, None)
+    """
     try:
         value = float(text)
     except ValueError:

@@ -12,6 +12,7 @@ from torch import Tensor
 from textenv.rewards.base import RewardFunction
 from textenv.rewards.classifier import ClassifierReward
 from textenv.rewards.combinators import check_number
+from textenv.rewards.templates import fill
 
 
 class Comparison(Protocol):
@@ -78,22 +79,13 @@ class PairClassifier:
     def __call__(self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str]) -> Tensor:
         """One logit a pair, `[n]`."""
         orders = ((firsts, seconds), (seconds, firsts))
-        texts = [self._text(*row) for one, two in orders for row in zip(prompts, one, two, strict=True)]
+        texts = [
+            fill(self.template, {"prompt": prompt, "first": first, "second": second})
+            for one, two in orders
+            for prompt, first, second in zip(prompts, one, two, strict=True)
+        ]
         forward, backward = self.classifier([""] * len(texts), texts).chunk(2)
         return (forward - backward) / 2
-
-    def _text(self, prompt: str, first: str, second: str) -> str:
-        # Not str.format: a response may hold braces, and a name in one response must not be filled in from another.
-        pieces = {"{prompt}": prompt, "{first}": first, "{second}": second}
-        text, rest = "", self.template
-        while rest:
-            name, place = min(
-                ((one, rest.find(one)) for one in pieces if one in rest), key=lambda x: x[1], default=("", -1)
-            )
-            if place < 0:
-                return text + rest
-            text, rest = text + rest[:place] + pieces[name], rest[place + len(name) :]
-        return text
 
 
 @dataclass(frozen=True)

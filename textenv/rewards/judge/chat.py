@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-from textenv.rewards.judge.protocols import UnusableReply, check_template, fill
+from textenv.rewards.judge.protocols import UnusableReply, check_template
+from textenv.rewards.templates import fill
 
 
 class Reader(Protocol):
@@ -169,14 +170,15 @@ class Chat:
         """See `JudgeProtocol`."""
         (prompt,), (response,) = prompts, responses
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        asked = fill(self.template, {"prompt": prompt, "response": response})
         body = {
             "model": self.model,
-            "messages": [*system, {"role": "user", "content": fill(self.template, prompt, response)}],
+            "messages": [*system, {"role": "user", "content": asked}],
             "temperature": self.temperature,
             "max_tokens": self.max_tokens,
         }
-        asked = {name: value for name, value in body.items() if value is not None}
-        return {**asked, **self.reader.options(), **self.options}
+        given = {name: value for name, value in body.items() if value is not None}
+        return {**given, **self.reader.options(), **self.options}
 
     def scores(self, reply: Any, count: int) -> Sequence[Any]:
         """See `JudgeProtocol`."""

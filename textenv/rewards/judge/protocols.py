@@ -5,10 +5,11 @@ Shapes of requests and replies: `vllm/entrypoints/pooling/{classify,scoring,pool
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
+
+from textenv.rewards.templates import fill
 
 
 class UnusableReply(ValueError):
@@ -84,7 +85,7 @@ class Classify:
 
     def request(self, prompts: Sequence[str], responses: Sequence[str]) -> Mapping[str, Any]:
         """See `JudgeProtocol`."""
-        texts = [fill(self.template, p, r) for p, r in zip(prompts, responses, strict=True)]
+        texts = [fill(self.template, {"prompt": p, "response": r}) for p, r in zip(prompts, responses, strict=True)]
         return {"model": self.model, "input": texts, "use_activation": self.use_activation}
 
     def scores(self, reply: Any, count: int) -> Sequence[Any]:
@@ -130,7 +131,7 @@ class Pooling:
 
     def request(self, prompts: Sequence[str], responses: Sequence[str]) -> Mapping[str, Any]:
         """See `JudgeProtocol`."""
-        texts = [fill(self.template, p, r) for p, r in zip(prompts, responses, strict=True)]
+        texts = [fill(self.template, {"prompt": p, "response": r}) for p, r in zip(prompts, responses, strict=True)]
         return {"model": self.model, "input": texts, "use_activation": self.use_activation}
 
     def scores(self, reply: Any, count: int) -> Sequence[Any]:
@@ -164,15 +165,3 @@ def check_template(template: str) -> None:
     """Raise a ValueError unless it has a place for the response."""
     if not isinstance(template, str) or "{response}" not in template:
         raise ValueError(f"template: expected a text with {{response}} and, as a rule, {{prompt}}, got {template!r}")
-
-
-def fill(template: str, prompt: str, response: str) -> str:
-    """Put both into a template.
-
-    In one pass, so that other braces stay and a response that says `{prompt}` is not filled in again.
-
-    >>> fill("{prompt} | {response} | {x}", "a", "{prompt}")
-    'a | {prompt} | {x}'
-    """
-    values = {"{prompt}": prompt, "{response}": response}
-    return re.sub(r"\{prompt\}|\{response\}", lambda found: values[found[0]], template)
