@@ -83,7 +83,12 @@ def as_reward(
         ValueError: As `bind_reward`, or if a part has the name of one of the environment's own.
     """
     context = RewardContext(
-        tokenizer, frozenset(stop_token_ids), max_new_tokens, device, dtype, trust_remote_code=trust_remote_code
+        tokenizer=tokenizer,
+        stop_token_ids=frozenset(stop_token_ids),
+        max_new_tokens=max_new_tokens,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
     )
     reward = bind_reward(function, context)
     check_names(reward.names, argument="reward, part_names", reserved=True)
