@@ -18,7 +18,6 @@ import textenv
 from textenv.kl import AdaptiveKL
 from textenv.prompts import PROMPT_SUFFIXES
 from textenv.rewards.binding import as_reward
-from textenv.rewards.folders import load_reward
 from textenv.rewards.reward import Reward
 from textenv.task import Task
 
@@ -144,16 +143,15 @@ def bound_reward(name: str, flag: str, task: Task) -> Reward:
     Raises:
         ValueError: If there is none, or it does not fit the task.
     """
-    found, options = named_reward(name, flag), task.options
-    if isinstance(found, str):
-        found = load_reward(
-            found, device=task.device, dtype=options.torch_dtype, trust_remote_code=options.trust_remote_code
-        )
+    options = task.options
     return as_reward(
-        found,
+        named_reward(name, flag),
         tokenizer=task.tokenizer,
         stop_token_ids=task.stop_token_ids,
         max_new_tokens=options.max_new_tokens,
+        device=task.device,
+        dtype=options.torch_dtype,
+        trust_remote_code=options.trust_remote_code,
     )
 
 
