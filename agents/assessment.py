@@ -37,7 +37,7 @@ class Assessment:
     responses: list[str]
     """As text."""
     scores: list[float]
-    """What the reward function gave."""
+    """What the reward function gave, in fixed units."""
     second_scores: list[float] | None
     """What a reward gave that training never saw; None: there is none for single responses."""
     lengths: list[int]

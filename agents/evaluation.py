@@ -17,6 +17,7 @@ from agents.rollout import sample_responses
 from agents.sampling import Fingerprint, Sampler, TransformersSampler
 from agents.sampling.sync import check_synced
 from textenv.prompts import Prompt
+from textenv.rewards.running import in_fixed_units
 from textenv.task import Task
 from textenv.types import ReplayRecord
 
@@ -30,7 +31,7 @@ class Evaluation:
     responses: list[str]
     """As text."""
     scores: list[float]
-    """What the reward function gave; 0 where the response was cut unscored."""
+    """What the reward function gave, in fixed units; 0 where the response was cut unscored."""
     kls: list[float]
     """Σ_t log π − log π_ref of each response, in nats; zeros without a reference."""
     lengths: list[int]
@@ -102,6 +103,9 @@ def evaluate(
 ) -> Evaluation:
     """Sample one response a prompt and score it.
 
+    A reward with running statistics scores in the units it had before their first update, so that evaluations of
+    different times compare.
+
     Args:
         policy: What is evaluated.
         envs: A `TextEnv` or `TextVectorEnv`, wrapped or not; says how to sample and what it is worth.
@@ -112,7 +116,8 @@ def evaluate(
         trained: The weights that the sampler was given; None: it is not asked whether it has them.
 
     Raises:
-        ValueError: If there are no prompts, or the policy has another vocabulary than the environment.
+        ValueError: If there are no prompts, the policy has another vocabulary than the environment, or the reward has
+            no score in fixed units.
         SamplerMismatch: If the sampler drew from other weights than `trained`.
     """
     task = envs.unwrapped.task
@@ -148,8 +153,9 @@ def draw(
         samples = sample_responses(sampler or TransformersSampler(policy), task, ids, seed)
     if trained is not None:
         check_synced(trained, samples.fingerprint)
-    # The sampler's own log-probs: these are the sampled policy's.
-    return ids, envs.unwrapped.replay(ids, samples.responses, samples.logprobs)
+    with in_fixed_units(task.reward):
+        # The sampler's own log-probs: these are the sampled policy's.
+        return ids, envs.unwrapped.replay(ids, samples.responses, samples.logprobs)
 
 
 def kls_of(task: Task, record: ReplayRecord) -> list[float]:

@@ -59,13 +59,16 @@ def series(rows: Rows, key: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def learning_curve(rows: Rows, before: Evaluation, colours: Mapping[str, str] = LIGHT) -> Figure:
+def learning_curve(
+    rows: Rows, before: Evaluation, colours: Mapping[str, str] = LIGHT, *, fixed_units: bool = True
+) -> Figure:
     """Score over the untrained policy's mean ± sd, and under it the KL that the score has cost.
 
     Args:
         rows: Metric rows.
         before: Evaluation of the untrained policy: the band.
         colours: `LIGHT` or `DARK`.
+        fixed_units: Whether what was paid is in the units of evaluations; else only the held-out scores are drawn.
     """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -75,11 +78,12 @@ def learning_curve(rows: Rows, before: Evaluation, colours: Mapping[str, str] = 
         figure = Figure(figsize=(8.6, 5.6), facecolor=colours["paper"])
         FigureCanvasAgg(figure)
         score, kl = figure.subplots(2, 1, sharex=True, height_ratios=(2.2, 1))
-        last = draw_curve(score, rows, SCORE, HELD_OUT_SCORE, colours["score"], colours)
+        drawn, unit = (SCORE, "mean per response") if fixed_units else (HELD_OUT_SCORE, "mean per held-out response")
+        last = draw_curve(score, rows, drawn, HELD_OUT_SCORE, colours["score"], colours)
         draw_band(score, before.summary, last, colours)
         draw_curve(kl, rows, KL, HELD_OUT_KL, colours["kl"], colours)
         kl.set_ylim(bottom=min([0.0, *series(rows, KL)[1]]))
-        name_panel(score, "Score", "mean per response", colours)
+        name_panel(score, "Score", unit, colours)
         name_panel(kl, "KL to the reference", "nats per response", colours)
         kl.set_xlabel("iteration", color=colours["muted"], loc="right")
         figure.subplots_adjust(left=0.045, right=0.87, top=0.92, bottom=0.09, hspace=0.34)

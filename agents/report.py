@@ -72,6 +72,8 @@ def write_report(
     after: Evaluation,
     config: Mapping[str, Any],
     title: str = "Training report",
+    *,
+    fixed_units: bool = True,
 ) -> None:
     """Write `samples.md`, `learning_curve.png` and `report.html`.
 
@@ -82,10 +84,11 @@ def write_report(
         after: Evaluation of the trained policy on the same prompts.
         config: Settings of the run; nested mappings become dotted names.
         title: Heading of the page.
+        fixed_units: Whether the scores that were paid are in the units of the evaluations: no statistics moved them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = [png(learning_curve(rows, before, colours)) for colours in (LIGHT, DARK)]
+    pictures = [png(learning_curve(rows, before, colours, fixed_units=fixed_units)) for colours in (LIGHT, DARK)]
     (folder / "learning_curve.png").write_bytes(pictures[0])
     (folder / "samples.md").write_text(samples_markdown(before, after), encoding="utf8")
     page = report_html(before, after, config, *pictures, iterations=len(rows), title=title)

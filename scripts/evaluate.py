@@ -13,12 +13,13 @@ or runs with different β, become the frontier of score against KL.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -29,8 +30,12 @@ from agents.assessment import Assessment, assess
 from agents.evaluation_metrics import SecondReward, compare, distinct, second_score
 from agents.evaluation_report import print_evaluation, write_evaluation
 from scripts.options import EnvFlags, bound_reward, device_of, heldout_prompts, make_env, run
-from textenv.rewards.reward import Reward
+from textenv.rewards.reward import Ids
+from textenv.rewards.running import in_fixed_units
 from textenv.task import Task
+
+SecondScores = Callable[[Ids, Ids], np.ndarray]
+"""Scores of prompts and responses as token ids."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def main(flags: Flags) -> None:
     prompts, envs = heldout_prompts(flags.env), make_env(options)
     given = flags.second_reward
     title, unseen = ("Second reward", None) if given is None else named(Path(given).name, given)
-    second, reward = second_reward(unseen, envs.unwrapped.task)
+    second, second_scores = second_reward(unseen, envs.unwrapped.task)
     assessments: list[Assessment] = []
     for number, (name, source) in enumerate(policies.items()):
         policy = ValueHeadLM.from_pretrained(
@@ -87,7 +92,7 @@ def main(flags: Flags) -> None:
                 prompts,
                 name=name,
                 per_prompt=flags.responses,
-                second_reward=None if reward is None else reward.scores,
+                second_reward=second_scores,
                 seed=flags.seed + number,
             )
         )
@@ -135,14 +140,20 @@ def label(source: str, others: Sequence[str]) -> str:
     return source
 
 
-def second_reward(name: str | None, task: Task) -> tuple[SecondReward | None, Reward | None]:
+def second_reward(name: str | None, task: Task) -> tuple[SecondReward | None, SecondScores | None]:
     """How the second reward sums up an assessment, and what scores single responses, where something does."""
     if name is None:
         return None, None
     match = re.fullmatch(r"distinct-([123])", name)
     if match:
         return partial(distinct, n=int(match[1])), None
-    return second_score, bound_reward(name, "second_reward", task)
+    reward = bound_reward(name, "second_reward", task)
+
+    def scores(prompts: Ids, responses: Ids) -> np.ndarray:
+        with in_fixed_units(reward):
+            return reward.scores(prompts, responses)
+
+    return second_score, scores
 
 
 if __name__ == "__main__":

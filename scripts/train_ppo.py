@@ -160,7 +160,8 @@ def train(flags: Flags, console: Console, agent: Agent, heldout: list[Any]) -> N
     agent.policy.save_pretrained(policy_folder, agent.task.tokenizer)
     after = agent.evaluate(heldout)
     after.save(flags.out / "after.json")
-    write_report(flags.out, read_metrics(flags.out / "metrics.jsonl"), before, after, asdict(flags))
+    rows, fixed_units = read_metrics(flags.out / "metrics.jsonl"), not agent.task.reward.learns
+    write_report(flags.out, rows, before, after, asdict(flags), fixed_units=fixed_units)
     print_comparison(console, before, after)
     console.print(f"[dim]report[/] {flags.out}/report.html   [dim]policy[/] {policy_folder}")
     console.print(f"[dim]talk to it[/] python scripts/chat.py --model {policy_folder}")

@@ -181,6 +181,18 @@ def test_learning_curve_draws_the_rows_and_the_band() -> None:
     assert {"Score", "1.90", "before\n1.00 ± 2.00"} <= {text.get_text() for text in score.texts}
 
 
+def test_scores_in_units_that_move_are_not_drawn_beside_those_that_do_not() -> None:
+    data = rows(10)
+    assert learning_curve.png(learning_curve.learning_curve(data, evaluation(1, 0), fixed_units=False))
+    for place, value in ((4, 1.3), (9, 1.6)):
+        data[place] |= {"eval/score_mean": value, "eval/kl_mean": 0.9}
+    score, kl = learning_curve.learning_curve(data, evaluation(1, 0), fixed_units=False).axes
+    drawn = {value for line in score.lines for value in line.get_ydata()}
+    assert drawn == {1, 1.3, 1.6}  # the band's mean and the held-out scores; those of rollouts are 1.0, 1.1, ..., 1.9
+    assert "1.60" in {text.get_text() for text in score.texts}
+    assert score.get_xlim() == kl.get_xlim() == (0, 9)
+
+
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_learning_curve_of_a_short_run(count: int) -> None:
     figure = learning_curve.learning_curve(rows(count), evaluation(1, 0), learning_curve.DARK)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -136,13 +137,26 @@ class Clip:
         check_number("low", self.low)
         check_number("high", self.high, low=self.low)
 
-    def bind(self, context: RewardContext) -> Mapped:
+    def bind(self, context: RewardContext) -> BoundClip:
         """The clipped reward."""
-        return Mapped(response_level(self.reward, context, label="reward 'raw'", by="Clip"), self.apply)
+        return BoundClip(response_level(self.reward, context, label="reward 'raw'", by="Clip"), self.apply)
 
     def apply(self, scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """From scores and response lengths, `[n]` each."""
         return scores.clip(self.low, self.high)
+
+
+class BoundClip(Mapped):
+    """A clipped reward."""
+
+    @contextmanager
+    def fixed_units(self) -> Iterator[None]:
+        """Inside, nothing is clipped: the bounds are in the units of what moves below."""
+        law, self.law = self.law, lambda scores, lengths: scores
+        try:
+            yield
+        finally:
+            self.law = law
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ import numpy as np
 from textenv.rewards.base import RewardContext, Scores
 from textenv.rewards.binding import response_level
 from textenv.rewards.combinators import Mapped
-from textenv.rewards.composition import float64
+from textenv.rewards.composition import Composed, float64
 from textenv.rewards.reward import Ids, Reward
 
 
@@ -123,6 +124,15 @@ class Running(Mapped):
         self.moments = self.moments.joined(rows, self.running.decay)
         super().update(scores)
 
+    @contextmanager
+    def fixed_units(self) -> Iterator[None]:
+        """Inside, no score has been seen yet, so the raw ones are given."""
+        moments, self.moments = self.moments, Moments.none(len(self.columns))
+        try:
+            yield
+        finally:
+            self.moments = moments
+
     def state_dict(self) -> dict[str, Any]:
         """The moments, and the reward's own state."""
         return {"moments": self.moments.state_dict(), **super().state_dict()}
@@ -135,6 +145,41 @@ class Running(Mapped):
         """
         self.moments = Moments.of_state(state.get("moments", {}), len(self.columns))
         super().load_state_dict({name: one for name, one in state.items() if name != "moments"})
+
+
+@contextmanager
+def in_fixed_units(reward: Reward) -> Iterator[None]:
+    """Inside, the reward scores in units that no `update` moves, so that scores of different times compare.
+
+    Its running statistics are as before the first update, and what clips a score of theirs does not; the rest of a
+    combination acts as ever. Afterwards everything is as it was.
+
+    Raises:
+        ValueError: If a reward with an `update` of its own has no `fixed_units`, a context in which they do not move.
+    """
+    with ExitStack() as stack:
+        for context in _fixed_units(reward):
+            stack.enter_context(context)
+        yield
+
+
+def _fixed_units(reward: Reward) -> Iterator[AbstractContextManager]:
+    """The contexts of all that moves in a reward."""
+    if not reward.learns:
+        return
+    function, outcome = reward.function, reward.outcome
+    children = function.children if isinstance(function, Composed) else {}
+    update: Any = getattr(function, "update", None)
+    enter: Any = getattr(function, "fixed_units", None)
+    if enter is not None:
+        yield enter()
+    elif callable(update) and getattr(update, "__func__", None) is not Composed.update:
+        raise ValueError(
+            f"{reward.label}: expected a method fixed_units(), a context in which its scores are in units that do not "
+            f"move, because evaluations are compared, got {type(function).__name__} with update and without it"
+        )
+    for child in (*children.values(), *([] if outcome is None else [outcome])):
+        yield from _fixed_units(child)
 
 
 def _check_decay(decay: float) -> None:
