@@ -28,6 +28,7 @@ from rich.console import Console
 import textenv
 from agents import Agent, Evaluation, PPOConfig, TrainConfig, ValueHeadLM
 from agents.algorithms import RECIPES, Algorithm, from_config
+from agents.checkpoint import read as read_checkpoint
 from agents.mismatch import SamplerMismatch
 from agents.policy_files import saved_critic_kind
 from agents.report import print_comparison, write_report
@@ -211,10 +212,10 @@ def _differ(agent: Agent, algorithm: Algorithm, config: TrainConfig) -> bool:
 def build(flags: Flags) -> tuple[Agent, list[Any]]:
     """The agent, new or from its checkpoint, and the held-out prompts."""
     algorithm, config = chosen(flags)
-    heldout, checkpoint = heldout_prompts(flags.env), flags.out / "checkpoint"
+    heldout, checkpoint = heldout_prompts(flags.env), _checkpoint(flags.out) if flags.resume else None
     source = flags.policy.model or flags.env.reference or textenv.embedded.STORYTELLER
     policy = ValueHeadLM.from_pretrained(
-        checkpoint if flags.resume else source,
+        checkpoint or source,
         critic=None if flags.resume else _critic(flags, source, algorithm),
         device=device_of(flags.env.device),
         lora=None if flags.resume else _lora(flags.policy.lora_rank),
@@ -232,12 +233,27 @@ def build(flags: Flags) -> tuple[Agent, list[Any]]:
     room = longest([*task.prompts, *task.tokenize(heldout)], task.options.max_new_tokens)
     sampler = make_sampler(flags.sampler, policy, flags.vllm, flags.servers, room)
     try:
-        if flags.resume:
+        if checkpoint:
             return Agent.load(checkpoint, envs, sampler, eval_prompts=heldout, policy=policy), heldout
         return Agent(policy, envs, algorithm, config, sampler, eval_prompts=heldout), heldout
     except BaseException:
         sampler.close()
         raise
+
+
+def _checkpoint(out: Path) -> Path:
+    """The last whole checkpoint of a run.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        return read_checkpoint(out / "checkpoint").folder
+    except ValueError as error:
+        raise ValueError(
+            f"resume: expected a checkpoint in {out}, got none; leave out --resume to begin there, or give the --out of a "
+            f"run that was begun ({error})"
+        ) from error
 
 
 def _critic(flags: Flags, source: Any, algorithm: Algorithm) -> str:

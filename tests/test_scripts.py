@@ -341,8 +341,17 @@ def test_chat_asks_until_the_input_ends(
 
 
 def test_resuming_without_a_checkpoint_says_so(tmp_path: Path, world: list[str]) -> None:
-    with pytest.raises(ValueError, match="checkpoint"):
+    message = rf"^resume: expected a checkpoint in {tmp_path / 'none'}, got none; leave out --resume to begin there"
+    with pytest.raises(ValueError, match=message):
         run("train_ppo", *world, *PPO_FLAGS, "--iterations", 1, "--out", tmp_path / "none", "--resume")
+
+
+def test_resuming_finds_the_checkpoint_that_was_being_replaced(tmp_path: Path, world: list[str]) -> None:
+    flags = [*world, *PPO_FLAGS, "--out", tmp_path]
+    run("train_ppo", *flags, "--iterations", 1)
+    (tmp_path / "checkpoint").rename(tmp_path / ".checkpoint.previous")  # as a crash between two renames leaves it
+    run("train_ppo", *flags, "--iterations", 2, "--resume")
+    assert json.loads((tmp_path / "checkpoint" / "trainer.json").read_text())["updates"] == 2
 
 
 @embedded
