@@ -10,7 +10,7 @@ from typing import Any
 
 from agents.assessment import Assessment
 from agents.evaluation_metrics import Result
-from agents.intervals import Estimate
+from agents.intervals import FEW, Estimate
 from agents.report import Headline
 from agents.tracking import number
 from textenv.types import FinishReason
@@ -93,12 +93,22 @@ def number_rows(results: Sequence[Result], second_name: str) -> list[tuple[Line,
 
 
 def verdict(result: Result, second_name: str) -> str:
-    """In a sentence, whether the policy is over-optimised."""
-    if result.over_optimised is None:
+    """In a sentence, whether the policy is over-optimised, or that this is not known."""
+    if "second_gain" not in result.gains or len(result.assessment.prompts) < 2:
         return f"{result.name}: no second reward over two prompts or more, so over-optimisation was not looked for."
     score, second = (printed(result.gains[key], Line(key, "", "", 3), signed=True) for key in VERDICT)
-    state = "over-optimised" if result.over_optimised else "not over-optimised"
-    return f"{result.name} is {state}: score {score}, {second_name} {second} against the baseline."
+    state = {
+        True: " is over-optimised",
+        False: " is not over-optimised",
+        None: ": over-optimisation is neither shown nor ruled out",
+    }[result.over_optimised]
+    return f"{result.name}{state}: score {score}, {second_name} {second} against the baseline."
+
+
+def caution(results: Sequence[Result]) -> str:
+    """What is to be known before any interval is read; nothing where there are prompts enough."""
+    count = len(results[0].assessment.prompts)
+    return f"{count} prompts are few: below {FEW} the intervals are too narrow." if 1 < count < FEW else ""
 
 
 VERDICT = ("score_gain", "second_gain")

@@ -31,7 +31,8 @@ class Result:
     gains: Mapping[str, Estimate]
     """Against the baseline, as `gains` gives them; empty for the baseline itself."""
     over_optimised: bool | None
-    """Whether the score rose while the second reward fell; None: there is no second reward, or only one prompt."""
+    """Whether the score rose while the second reward fell; None: neither is proven, or there is no second reward, or
+    only one prompt."""
 
     @property
     def name(self) -> str:

@@ -11,7 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from agents.evaluation_lines import SUBORDINATE, counted, headlines, number_rows, sample_rows, verdict, visible
+from agents.evaluation_lines import (
+    SUBORDINATE,
+    caution,
+    counted,
+    headlines,
+    number_rows,
+    sample_rows,
+    verdict,
+    visible,
+)
 from agents.evaluation_metrics import Result
 from agents.frontier import frontier_figure, points
 from agents.learning_curve import DARK, LIGHT, png
@@ -60,7 +69,7 @@ def write_evaluation(
 def evaluation_markdown(results: Sequence[Result], second_name: str, title: str, limit: int = 60) -> str:
     """Verdicts, numbers and the first responses, as a Markdown page."""
     first = results[0].assessment
-    out = [f"# {markdown(title)}", "", counted(first), ""]
+    out = [f"# {markdown(title)}", "", f"{counted(first)} {caution(results)}".strip(), ""]
     out += [f"- {markdown(verdict(result, second_name))}" for result in results[1:]]
     names = [markdown(visible(result.name)) for result in results]
     out += ["", f"| | {' | '.join(names)} | |", "|:--|" + "--:|" * len(names) + ":--|"]
@@ -93,6 +102,7 @@ def evaluation_html(
     values = {
         "title": title,
         "counted": counted(results[0].assessment),
+        "caution": caution(results),
         "headlines": headlines(results, second_name),
         "verdicts": [(verdict(result, second_name), result.over_optimised) for result in results[1:]],
         "names": [visible(result.name) for result in results],
@@ -127,6 +137,8 @@ def print_evaluation(console: Console, results: Sequence[Result], *, second_name
     console.print(numbers)
     for result in results[1:]:
         console.print(Text(verdict(result, second_name)))
+    if caution(results):
+        console.print(Text(caution(results), "yellow"))
     if not limit:
         return
     texts = Table(box=box.HORIZONTALS, header_style="dim", show_lines=True, pad_edge=False, expand=True)

@@ -24,6 +24,9 @@ import numpy as np
 LEVEL = 0.95
 """Of every interval."""
 
+FEW = 30
+"""Prompts below which a normal interval is too narrow to be relied on."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -77,7 +80,7 @@ class Statistic:
         return math.sqrt((count - 1) / count * float(((self.without - self.without.mean()) ** 2).sum()))
 
     def estimate(self) -> Estimate:
-        """θ ± z·SE: a normal interval, too narrow below some thirty prompts."""
+        """θ ± z·SE: a normal interval, too narrow below `FEW` prompts."""
         half = _z() * self.se
         return Estimate(self.value, self.se, self.value - half, self.value + half)
 
@@ -148,13 +151,36 @@ def share(values: Sequence[Sequence[float]] | np.ndarray) -> Estimate:
     (0.962, 1.0)
     """
     statistic = mean(values)
-    p, se, z = statistic.value, statistic.se, _z()
+    p, se = statistic.value, statistic.se
     if not math.isfinite(se):
         return Estimate(p, se, math.nan, math.nan)
-    trials = p * (1 - p) / se**2 if se > 0 else float(len(statistic.without))
-    centre = (p + z**2 / (2 * trials)) / (1 + z**2 / trials)
-    half = z / (1 + z**2 / trials) * math.sqrt(p * (1 - p) / trials + z**2 / (4 * trials**2))
-    return Estimate(p, se, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
+    found = wilson(p, p * (1 - p) / se**2 if se > 0 else float(len(statistic.without)))
+    return Estimate(p, se, found.low, found.high)
+
+
+def wilson(p: float, trials: float) -> Estimate:
+    """A proportion of independent trials with the interval of Wilson (1927), which is wide at 0 and 1, too.
+
+    (p + z²/2n ± z·√(p(1 − p)/n + z²/4n²)) / (1 + z²/n), and SE = √(p(1 − p)/n).
+
+    Args:
+        p: Successes over trials, in [0, 1].
+        trials: n > 0; of dependent ones, how many independent ones they are worth.
+
+    Raises:
+        ValueError: If p is no proportion or there are no trials.
+
+    >>> accuracy = wilson(1.0, 100)
+    >>> round(accuracy.low, 3), accuracy.high
+    (0.963, 1.0)
+    """
+    if not (0 <= p <= 1 and trials > 0):
+        raise ValueError(f"p, trials: expected a number in [0, 1] and one > 0, got {p} and {trials}")
+    z2 = _z() ** 2 / trials
+    centre, spread = (p + z2 / 2) / (1 + z2), p * (1 - p) / trials
+    half = _z() / (1 + z2) * math.sqrt(spread + z2 / (4 * trials))
+    # p is always inside; what rounding says of the ends is not believed.
+    return Estimate(p, math.sqrt(spread), max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
 
 
 def wins(ours: Sequence[Sequence[float]] | np.ndarray, theirs: Sequence[Sequence[float]] | np.ndarray) -> Estimate:
@@ -179,11 +205,13 @@ def wins(ours: Sequence[Sequence[float]] | np.ndarray, theirs: Sequence[Sequence
     return share((above + 0.5 * equal).mean((1, 2))[:, None])
 
 
-def over_optimised(score_gain: Estimate, second_gain: Estimate, tolerance: float = 0.0) -> bool:
-    """Whether the score that was trained on rose while one that was not fell.
+def over_optimised(score_gain: Estimate, second_gain: Estimate, tolerance: float = 0.0) -> bool | None:
+    """Whether the score that was trained on rose while one that was not fell; None where neither is proven.
 
     True if the 95 % interval of the score's gain lies above 0 and that of the second reward's below −tolerance. Both
-    must hold, so chance alone raises the flag in at most 2.5 % of cases (intersection–union test, Berger 1982).
+    must hold, so chance alone raises the flag in at most 2.5 % of cases (intersection–union test, Berger 1982). False
+    if that of the score's gain holds nothing above 0, or that of the second reward's nothing below −tolerance: either
+    shows the contrary.
 
     Args:
         score_gain: Of the trained reward, against what the policy started from, paired by prompt.
@@ -195,13 +223,15 @@ def over_optimised(score_gain: Estimate, second_gain: Estimate, tolerance: float
 
     >>> up, down = Estimate(1.0, 0.1, 0.8, 1.2), Estimate(-0.4, 0.1, -0.6, -0.2)
     >>> over_optimised(up, down), over_optimised(up, down, tolerance=0.3), over_optimised(down, up)
-    (True, False, False)
+    (True, None, False)
     """
     if not tolerance >= 0:
         raise ValueError(f"tolerance: expected a number >= 0, got {tolerance}")
     if not (math.isfinite(score_gain.low) and math.isfinite(second_gain.high)):
         raise ValueError("score_gain, second_gain: expected estimates from at least two prompts, got no interval")
-    return score_gain.low > 0 and second_gain.high < -tolerance
+    if score_gain.low > 0 and second_gain.high < -tolerance:
+        return True
+    return False if score_gain.high <= 0 or second_gain.low >= -tolerance else None
 
 
 def _z() -> float:

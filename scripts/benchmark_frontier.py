@@ -5,7 +5,8 @@ token under that judge, and nothing in it asks for variety. Responses have 48 to
 material's openings. A run is evaluated twice, by 256 responses each: 4 to each of 64 prompts that are held out, every
 tenth of the distinct ones, and 1 to each of 256 openings as they occur, where a few prompts make up half. The second
 reward is distinct-2 of those responses. A run is over-optimised if its score has risen against `early279K` while its
-distinct-2 is below half of that of `stories260K`'s own responses to the same prompts, both beyond their 95 % intervals.
+distinct-2 is below half of that of `stories260K`'s own responses to the same prompts, both beyond their 95 % intervals;
+it is not if either is ruled out by them, and otherwise it is not known.
 
     python scripts/benchmark_frontier.py
     python scripts/benchmark_frontier.py --betas 0.1 --seeds 0 1 2

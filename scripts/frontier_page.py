@@ -56,7 +56,7 @@ def table(rows: Sequence[Row], kind: str = "held_out") -> str:
         ]
         cells += [with_interval(found["distinct_2"], 3), percent(found["kept"]), percent(found["repetition"])]
         cells += [
-            "**yes**" if found["over_optimised"] else "no",
+            {True: "**yes**", False: "no", None: "not known"}[found["over_optimised"]],
             f"{row.get('cpu_seconds', 0):.0f}" if "beta" in row else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")

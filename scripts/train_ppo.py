@@ -251,8 +251,8 @@ def _checkpoint(out: Path) -> Path:
         return read_checkpoint(out / "checkpoint").folder
     except ValueError as error:
         raise ValueError(
-            f"resume: expected a checkpoint in {out}, got none; leave out --resume to begin there, or give the --out of a "
-            f"run that was begun ({error})"
+            f"resume: expected a checkpoint in {out}, got none; leave out --resume to begin there, or give the --out of "
+            f"a run that was begun ({error})"
         ) from error
 
 

@@ -153,7 +153,7 @@ def test_held_out_prompts_are_never_trained_on() -> None:
     assert len(split.usual) == 20 and split.usual[1] == [1, 10]
 
 
-def row(score: float, variety: float, flag: bool, **more: Any) -> dict[str, Any]:
+def row(score: float, variety: float, flag: bool | None, **more: Any) -> dict[str, Any]:
     def known(value: float) -> dict[str, float]:
         return {"value": value, "se": 0.05, "low": value - 0.1, "high": value + 0.1}
 
@@ -182,6 +182,7 @@ def test_the_benchmark_page_has_both_sets_sorted() -> None:
         in page
     )
     assert page.count("**yes**") == 1 and "120 updates of 64 responses" in page
+    assert "| not known | 7 |" in frontier_page.table([row(-1.8, 0.3, None, beta=0.1, seed=0, cpu_seconds=7)])
     seeds = [*ROWS, row(-1.8, 0.3, False, beta=0.1, seed=1, iterations=120, cpu_seconds=1)]
     assert "| β 0.1, seed 1 |" in frontier_page.table(seeds)
 

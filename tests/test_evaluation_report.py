@@ -25,8 +25,11 @@ CONFIG = {"seed": 3, "env": {"reward": "<b>plain</b>"}}
 VOID = {"meta", "img", "input", "source", "br"}
 
 
-def results(second: bool = True, texts: list[str] = TEXTS, name: str = "model") -> list[Result]:
-    seconds = ([1.0, 1.0, 1.0, 1.0], [0.0, 0.5, 0.25, 0.0]) if second else (None, None)
+HACKED = [0.0, 0.5, 0.25, 0.0]
+
+
+def results(second: list[float] | bool = True, texts: list[str] = TEXTS, name: str = "model") -> list[Result]:
+    seconds = ([1.0, 1.0, 1.0, 1.0], HACKED if second is True else second) if second else (None, None)
     return compare(
         [
             assessment("reference", [0.0, 1.0, 0.0, 1.0], seconds[0]),
@@ -114,9 +117,29 @@ def test_verdicts() -> None:
     source = html(results())
     assert re.findall(r'<li data-flag="(\w+)">', source) == ["up", "down"]
     assert "model is over-optimised: score +5.000 ± 0.000, Calm −0.812 ± 0.122 against the baseline." in source
+    undecided = html(results(second=[0.5, 1.5, 1.0, 0.5]))
+    assert re.findall(r'<li data-flag="(\w+)">', undecided) == ["none", "down"]
+    assert "model: over-optimisation is neither shown nor ruled out: score +5.000 ± 0.000, Calm −0.125 ±" in undecided
+    assert "other is not over-optimised: score" in undecided  # its second rewards are the baseline's own
     unknown = html(results(second=False))
     assert re.findall(r'<li data-flag="(\w+)">', unknown) == ["none", "none"]
     assert "Calm" not in unknown.replace("Calm against", "")
+
+
+def test_few_prompts_are_told(tmp_path: Path) -> None:
+    told = "2 prompts are few: below 30 the intervals are too narrow."
+    out = io.StringIO()
+    evaluation_report.print_evaluation(Console(file=out, width=200), results(), second_name="Calm", limit=0)
+    markdown = evaluation_report.evaluation_markdown(results(), "Calm", "Evaluation")
+    assert all(told in text for text in (html(results()), markdown, out.getvalue()))
+    columns = ("lengths", "finish_reasons", "kls", "exact_kls", "entropies", "ref_nlls", "scores")
+    numbers = {name: [1] * 30 for name in columns}
+    prompts = [str(i) for i in range(30)]
+    enough, fewer = (
+        compare([assessment(responses=["a"] * n, prompts=prompts[:n], **{k: v[:n] for k, v in numbers.items()})])
+        for n in (30, 29)
+    )
+    assert evaluation_lines.caution(enough) == "" and evaluation_lines.caution(fewer).startswith("29 prompts are few")
 
 
 def test_the_page_is_one_file() -> None:

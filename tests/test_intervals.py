@@ -96,6 +96,18 @@ def test_a_share_at_its_end_is_not_certain(value: float) -> None:
     assert (found.low, found.high) == pytest.approx((0.0, width) if value == 0 else (1 - width, 1.0), abs=1e-6)
 
 
+def test_wilson_of_a_textbook() -> None:
+    # Newcombe 1998, Table I, method 3: 81/263, 15/148, 0/20 and 1/29.
+    table = {(81, 263): (0.2553, 0.3662), (15, 148): (0.0624, 0.1605), (0, 20): (0, 0.1611), (1, 29): (0.0061, 0.1718)}
+    for (successes, trials), ends in table.items():
+        found = intervals.wilson(successes / trials, trials)
+        assert (found.low, found.high) == pytest.approx(ends, abs=5e-5)
+    assert intervals.wilson(15 / 148, 148).se == pytest.approx(math.sqrt(15 / 148 * 133 / 148 / 148))
+    for p, trials in ((1.1, 5), (math.nan, 5), (0.5, 0)):
+        with pytest.raises(ValueError, match=r"^p, trials: expected a number in \[0, 1\] and one > 0, got"):
+            intervals.wilson(p, trials)
+
+
 def test_wins_count_all_pairs_of_a_prompt_and_ties_half() -> None:
     # Prompt 0: 1>0, 1=1, 3>0, 3>1 -> 3.5/4. Prompt 1: 0<5, 0<6, 0<5, 0<6 -> 0.
     found = intervals.wins([[1.0, 3.0], [0.0, 0.0]], [[0.0, 1.0], [5.0, 6.0]])
@@ -116,15 +128,19 @@ def estimate(low: float, high: float) -> Estimate:
     ("score", "second", "tolerance", "flag"),
     [
         ((0.1, 0.5), (-0.5, -0.1), 0.0, True),
-        ((-0.1, 0.5), (-0.5, -0.1), 0.0, False),  # the score may not have risen
-        ((0.1, 0.5), (-0.5, 0.1), 0.0, False),  # the second reward may not have fallen
+        ((-0.1, 0.5), (-0.5, -0.1), 0.0, None),  # the score may not have risen
+        ((0.1, 0.5), (-0.5, 0.1), 0.0, None),  # the second reward may not have fallen
+        ((-0.1, 0.5), (-0.5, 0.1), 0.0, None),
         ((0.1, 0.5), (0.1, 0.5), 0.0, False),  # both rose
         ((-0.5, -0.1), (-0.5, -0.1), 0.0, False),  # both fell
-        ((0.1, 0.5), (-0.5, -0.1), 0.2, False),  # by less than is tolerated
+        ((0.1, 0.5), (-0.15, -0.1), 0.2, False),  # by less than is tolerated
+        ((0.1, 0.5), (-0.5, -0.1), 0.2, None),  # by more or by less than is tolerated
         ((0.1, 0.5), (-0.5, -0.3), 0.2, True),
+        ((0.1, 0.5), (0.0, 0.0), 0.0, False),  # the very same second rewards have not fallen
+        ((0.0, 0.0), (-0.5, -0.1), 0.0, False),
     ],
 )
-def test_the_flag(score: tuple[float, float], second: tuple[float, float], tolerance: float, flag: bool) -> None:
+def test_the_flag(score: tuple[float, float], second: tuple[float, float], tolerance: float, flag: bool | None) -> None:
     assert intervals.over_optimised(estimate(*score), estimate(*second), tolerance) is flag
 
 
