@@ -22,7 +22,7 @@ from agents.evaluation_lines import (
     visible,
 )
 from agents.evaluation_metrics import Result
-from agents.frontier import frontier_figure, points
+from agents.frontier import Lines, frontier_figure, points
 from agents.learning_curve import DARK, LIGHT, png
 from agents.report import flat, markdown, render
 from agents.tracking import number
@@ -38,6 +38,7 @@ def write_evaluation(
     *,
     second_name: str = "Second reward",
     title: str = "Evaluation",
+    lines: Lines = (),
 ) -> None:
     """Write `evaluation.json`, `evaluation.md`, `frontier.png` and `report.html`.
 
@@ -47,11 +48,12 @@ def write_evaluation(
         config: Settings; nested mappings become dotted names.
         second_name: What the second reward is called.
         title: Heading of the pages.
+        lines: Names of policies that the frontier joins: of each run, in its order.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     found = points(results)
-    pictures = [png(frontier_figure(found, second_name, colours)) for colours in (LIGHT, DARK)]
+    pictures = [png(frontier_figure(found, second_name, colours, lines)) for colours in (LIGHT, DARK)]
     (folder / "frontier.png").write_bytes(pictures[0])
     everything = {
         "baseline": results[0].name,

@@ -2,22 +2,31 @@
 
 python scripts/chat.py --model runs/ppo/policy
 python scripts/chat.py --prompt "Once upon a time" --samples 3
+
+How `train_ppo.py` sampled from the policy is found beside it, and stands for flags that are not given.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 import textenv
 from agents import TransformersSampler, ValueHeadLM
 from scripts.options import device_of, run
+from scripts.trained import Trained, shown
 from textenv.models import load_tokenizer
+from textenv.prompts import tokenize_prompts
 from textenv.rewards.base import TextDecoder
+
+SAMPLING = ("max_new_tokens", "temperature", "stop_token_ids", "chat_template")
+"""Settings of training that a chat goes by."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,10 @@ class Flags:
     """Longest continuation."""
     temperature: float = 1.0
     """Lower is safer, higher is wilder."""
+    stop_token_ids: tuple[int, ...] | None = None
+    """Ids that end a continuation; the tokenizer's EOS if absent."""
+    chat_template: bool = False
+    """Whether a prompt becomes what the user says in the tokenizer's chat template."""
     seed: int = 0
     """Of the samples."""
     device: str = "auto"
@@ -51,14 +64,21 @@ def main(flags: Flags) -> None:
     )
     tokenizer = load_tokenizer(source, argument="model")
     eos: Any = tokenizer.eos_token_id
-    stops = [] if eos is None else [eos]
+    stops = flags.stop_token_ids
+    if stops is None:
+        stops = () if eos is None else (eos,)
     sampler, decode = TransformersSampler(policy), TextDecoder(tokenizer, frozenset(stops))
-    seed = flags.seed
+    trained, seed = Trained.load(source), flags.seed
+    if trained is not None:
+        taken = {name: getattr(flags, name) for name in SAMPLING if trained.env[name] == getattr(flags, name)}
+        console.print(f"[dim]as it was trained: {escape(shown(taken))}[/]", highlight=False)
     while True:
         prompt = flags.prompt if flags.prompt is not None else _ask(console)
         if not prompt:
             return
-        ids = [tokenizer(prompt)["input_ids"]] * flags.samples
+        ids = flags.samples * tokenize_prompts(
+            [prompt], tokenizer, vocab_size=policy.vocab_size, chat_template=flags.chat_template
+        )
         drawn = sampler.sample(
             ids,
             max_new_tokens=flags.max_new_tokens,
@@ -71,6 +91,27 @@ def main(flags: Flags) -> None:
         seed += 1
         if flags.prompt is not None:
             return
+
+
+def parse(args: Sequence[str] | None = None) -> Flags:
+    """The flags, those of sampling beginning with what the policy was trained with.
+
+    Raises:
+        ValueError: If another version wrote that.
+    """
+    choice, _ = tyro.cli(Choice, args=args, return_unknown_args=True, add_help=False)
+    trained, default = None if choice.model is None else Trained.load(choice.model), Flags()
+    if trained is not None:
+        default = replace(default, **{name: trained.env[name] for name in SAMPLING})
+    return tyro.cli(Flags, args=args, default=default, description=__doc__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the defaults of the others depend on."""
+
+    model: str | None = None
+    """As in `Flags`."""
 
 
 def _ask(console: Console) -> str:
@@ -86,4 +127,4 @@ def _plain(text: str) -> str:
 
 
 if __name__ == "__main__":
-    run(main, tyro.cli(Flags, description=__doc__))
+    run(lambda args: main(parse(args)), None)

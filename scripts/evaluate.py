@@ -2,9 +2,11 @@
 
 Writes `evaluation.json`, `evaluation.md`, `frontier.png` and `report.html`, one page that needs no other file.
 docs/evaluation.md says what each number is. A policy is a folder, a hub name, or `name=folder`; checkpoints of a run,
-or runs with different β, become the frontier of score against KL.
+or runs with different β, become the frontier of score against KL. What `train_ppo.py` trained the model with is found
+beside it, and stands for flags that are not given.
 
     python scripts/evaluate.py --model runs/ppo/policy
+    python scripts/evaluate.py --model runs/ppo/policy --others runs/ppo/policies/*
     python scripts/evaluate.py --model runs/ppo/policy --second-reward distinct-2 --responses 4
     python scripts/evaluate.py --model β0.1=runs/b0.1/policy --others β0.2=runs/b0.2/policy β0=runs/b0/policy
     python scripts/evaluate.py --model my-policy --env.reward my_rewards:helpful --second-reward my-other-reward-model
@@ -13,7 +15,7 @@ or runs with different β, become the frontier of score against KL.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ import numpy as np
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 import textenv
 from agents import ValueHeadLM
@@ -30,6 +33,7 @@ from agents.assessment import Assessment, assess
 from agents.evaluation_metrics import SecondReward, compare, distinct, second_score
 from agents.evaluation_report import print_evaluation, write_evaluation
 from scripts.options import EnvFlags, bound_reward, device_of, heldout_prompts, make_env, run
+from scripts.trained import Trained, lines, shown
 from textenv.rewards.reward import Ids
 from textenv.rewards.running import in_fixed_units
 from textenv.task import Task
@@ -56,7 +60,8 @@ class Flags:
     responses: int = 1
     """Responses to each prompt."""
     env: EnvFlags = field(default_factory=EnvFlags)
-    """`kl_coef`, `kl_target` and `length_end` mean nothing here: every response is scored, none is charged."""
+    """`prompts`, `kl_coef`, `kl_target` and `length_end` mean nothing here: only held-out prompts are answered, every
+    response is scored, none is charged."""
     samples: int = 3
     """Prompts to print with the policies' responses."""
     seed: int = 0
@@ -71,14 +76,18 @@ def main(flags: Flags) -> None:
     """Sample from each, measure, compare, write."""
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
-    console, flags = Console(), resolved(flags)
-    console.print(f"[dim]reference[/] {flags.env.reference}   [dim]reward[/] {flags.env.reward}", highlight=False)
+    given, flags, console = flags.env, resolved(flags), Console(highlight=False)
     policies = named_policies(flags)
+    trained = {name: Trained.load(source) for name, source in policies.items()}
+    reference, reward = (escape(str(name)) for name in (flags.env.reference, flags.env.reward))
+    console.print(f"[dim]reference[/] {reference}   [dim]reward[/] {reward}")
+    tell(console, flags, given, trained)
     # A reference is needed whatever β was, and every response is to be scored.
     options = replace(flags.env, kl_coef=1.0, kl_target=None, length_end="terminate")
-    prompts, envs = heldout_prompts(flags.env), make_env(options)
-    given = flags.second_reward
-    title, unseen = ("Second reward", None) if given is None else named(Path(given).name, given)
+    prompts = heldout_prompts(flags.env)
+    envs = make_env(options, prompts=prompts)
+    unseen = flags.second_reward
+    title, unseen = ("Second reward", None) if unseen is None else named(Path(unseen).name, unseen)
     second, second_scores = second_reward(unseen, envs.unwrapped.task)
     assessments: list[Assessment] = []
     for number, (name, source) in enumerate(policies.items()):
@@ -97,9 +106,44 @@ def main(flags: Flags) -> None:
             )
         )
     results = compare(assessments, second, flags.tolerance)
-    write_evaluation(flags.out, results, asdict(flags), second_name=title)
+    joined = lines(trained, given, "reference" if flags.baseline is None else None)
+    write_evaluation(flags.out, results, asdict(flags), second_name=title, lines=joined)
     print_evaluation(console, results, second_name=title, limit=flags.samples)
     console.print(f"[dim]report[/] {flags.out}/report.html", highlight=False)
+
+
+def parse(args: Sequence[str] | None = None) -> Flags:
+    """The flags, those of the environment beginning with what the model was trained with.
+
+    Raises:
+        ValueError: If another version wrote that.
+    """
+    choice, _ = tyro.cli(Choice, args=args, return_unknown_args=True, add_help=False)
+    trained = None if choice.model is None else Trained.load(named("model", choice.model)[1])
+    default = Flags(model=tyro.MISSING, env=EnvFlags() if trained is None else trained.flags())
+    return tyro.cli(Flags, args=args, default=default, description=__doc__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the defaults of the others depend on."""
+
+    model: str | None = None
+    """As in `Flags`."""
+
+
+def tell(console: Console, flags: Flags, given: EnvFlags, trained: Mapping[str, Trained | None]) -> None:
+    """Say what was taken from the model's folder, and which policies were trained with something else than is used."""
+    name, source = named("model", flags.model)
+    own = trained[name]
+    if own is not None:
+        taken = shown(own.kept(given)) or "the defaults"
+        console.print(f"[dim]as {escape(source)} was trained:[/] {escape(taken)}")
+    for policy, one in trained.items():
+        other = {} if one is None else one.otherwise(given)
+        if other:
+            told = f"{policy} was trained with {shown(other)}; all are measured alike."
+            console.print(f"[yellow]{escape(told)}[/]")
 
 
 def resolved(flags: Flags) -> Flags:
@@ -157,4 +201,4 @@ def second_reward(name: str | None, task: Task) -> tuple[SecondReward | None, Se
 
 
 if __name__ == "__main__":
-    run(main, tyro.cli(Flags, description=__doc__))
+    run(lambda args: main(parse(args)), None)

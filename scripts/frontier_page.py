@@ -79,9 +79,11 @@ def figure(rows: Sequence[Row]) -> bytes:
     for row in rows:
         own = row["held_out"]
         kl, score, variety = (Estimate(**own[key]) for key in ("kl", "score", "distinct_2"))
-        learnt = "beta" in row or kl.value == 0
-        found.append(Point(name(row, rows), kl, score, variety, own["over_optimised"], learnt))
-    return png(frontier_figure(found, "Distinct-2"))
+        found.append(Point(name(row, rows), kl, score, variety, own["over_optimised"]))
+    # One start, and runs that differ in β alone.
+    sweep = [point for point, row in zip(found, rows, strict=True) if "beta" in row or point.kl.value == 0]
+    line = [point.name for point in sorted(sweep, key=lambda point: point.kl.value)]
+    return png(frontier_figure(found, "Distinct-2", lines=[line]))
 
 
 def benchmark_page(rows: Sequence[Row], about: str) -> str:

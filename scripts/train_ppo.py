@@ -17,9 +17,9 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import tyro
@@ -27,81 +27,21 @@ from rich.console import Console
 
 import textenv
 from agents import Agent, Evaluation, PPOConfig, TrainConfig, ValueHeadLM
-from agents.algorithms import RECIPES, Algorithm, from_config
+from agents.algorithms import RECIPES, Algorithm
 from agents.checkpoint import read as read_checkpoint
 from agents.mismatch import SamplerMismatch
 from agents.policy_files import saved_critic_kind
 from agents.report import print_comparison, write_report
 from agents.sampling.engine import SamplerFailure
-from agents.sampling.vllm_config import VLLMConfig, VLLMServerConfig
 from agents.tracking import MetricsFile, Progress, TensorBoard, Trackers, read_metrics
-from scripts.options import EnvFlags, device_of, heldout_prompts, make_env, run
-from scripts.samplers import SamplerName, longest, make_sampler
+from scripts.options import device_of, heldout_prompts, make_env, run
+from scripts.ppo_flags import Flags, Name, chosen
+from scripts.samplers import longest, make_sampler
+from scripts.trained import Trained
 from textenv.rewards import RewardError
-
-Name = Literal[
-    "ppo",
-    "vapo",
-    "a2c",
-    "reinforce",
-    "reinforce_baseline",
-    "reinforce++",
-    "remax",
-    "rloo",
-    "grpo",
-    "dr_grpo",
-    "gspo",
-]
-
 
 FAILURES = (SamplerFailure, SamplerMismatch, ConnectionError, TimeoutError)
 """What may go wrong in a rollout without anybody's mistake: an engine, or a judge over HTTP."""
-
-
-@dataclass(frozen=True)
-class PolicyFlags:
-    """The policy."""
-
-    model: str | None = None
-    """Folder or hub name of the model to train, which is also the reference unless `env.reference` names another."""
-    critic: str | None = None
-    """`shared` (a value head on the policy's trunk), `separate`, or the folder of a reward model to start from.
-
-    If absent, what a saved policy has, else `separate`, or `shared` for an algorithm without a critic."""
-    lora_rank: int = 0
-    """Rank of LoRA adapters; 0 trains all weights. With adapters the base model is also the reference."""
-    gradient_checkpointing: bool = False
-    """Less memory, a third more time."""
-
-
-@dataclass(frozen=True)
-class Flags:
-    """Train a language model with PPO or another algorithm."""
-
-    algorithm: Name = "ppo"
-    """A recipe of `agents.algorithms`; the page Algorithms of the documentation has each."""
-    group_size: int | None = None
-    """Responses to each prompt of a rollout; the recipe's if absent."""
-    policy: PolicyFlags = field(default_factory=PolicyFlags)
-    env: EnvFlags = field(default_factory=EnvFlags)
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(entropy_coef=0.05))
-    """Settings of the loop, which start from those that suit the algorithm, and of PPO alone, which others refuse."""
-    sampler: SamplerName = "transformers"
-    """What draws responses: our loop on the model that trains, continuous batching on it, or vLLM, here or served."""
-    vllm: VLLMConfig = field(default_factory=VLLMConfig)
-    """vLLM's engine, or that of the server that is started."""
-    servers: VLLMServerConfig = field(default_factory=VLLMServerConfig)
-    """Others' servers of vLLM, and how they are reached."""
-    iterations: int = 120
-    """Updates to do in all."""
-    save_every: int = 10
-    """Updates between checkpoints; 0: at the end only."""
-    out: Path = Path("runs/ppo")
-    """Folder of everything that is written; of another algorithm, `runs/` and its name."""
-    resume: bool = False
-    """Go on from the checkpoint in `out`."""
-    threads: int | None = None
-    """CPU threads; PyTorch's choice if absent."""
 
 
 def main(flags: Flags) -> None:
@@ -120,7 +60,7 @@ def main(flags: Flags) -> None:
 
 def train(flags: Flags, console: Console, agent: Agent, heldout: list[Any]) -> None:
     """Evaluate, train, evaluate again, report."""
-    checkpoint, policy_folder = flags.out / "checkpoint", flags.out / "policy"
+    policy_folder = flags.out / "policy"
     flags.out.mkdir(parents=True, exist_ok=True)
     model = flags.policy.model or flags.env.reference or "the embedded storyteller"
     parameters = sum(p.numel() for p in agent.policy.lm.parameters()) / 1e6
@@ -129,10 +69,31 @@ def train(flags: Flags, console: Console, agent: Agent, heldout: list[Any]) -> N
     if flags.resume and _differ(agent, *chosen(flags)):
         console.print("[yellow]The checkpoint's settings are kept; those of the flags differ and are ignored.[/]")
     if not flags.resume:
-        shutil.rmtree(flags.out / "tensorboard", ignore_errors=True)  # or TensorBoard would mix the runs
+        for earlier in ("tensorboard", "policies"):  # or TensorBoard and the frontier would mix the runs
+            shutil.rmtree(flags.out / earlier, ignore_errors=True)
     console.print(f"[dim]evaluating on {len(heldout)} held-out prompts ...[/]")
     before = _first_evaluation(flags.out / "before.json", agent, heldout, fresh=not flags.resume)
     start = time.perf_counter()
+    learn(flags, agent)
+    console.print(f"trained in {time.perf_counter() - start:.0f} s")
+    keep(flags, agent, policy_folder)
+    after = agent.evaluate(heldout)
+    after.save(flags.out / "after.json")
+    rows, fixed_units = read_metrics(flags.out / "metrics.jsonl"), not agent.task.reward.learns
+    write_report(flags.out, rows, before, after, asdict(flags), fixed_units=fixed_units)
+    print_comparison(console, before, after)
+    console.print(f"[dim]report[/] {flags.out}/report.html   [dim]policy[/] {policy_folder}")
+    console.print(f"[dim]talk to it[/] python scripts/chat.py --model {policy_folder}")
+
+
+def learn(flags: Flags, agent: Agent) -> None:
+    """Do the updates, and write metrics, checkpoints and policies on the way."""
+    checkpoint, best = flags.out / "checkpoint", flags.out / "best"
+
+    def save() -> None:
+        agent.save(checkpoint)
+        trained(flags, agent).save(checkpoint)
+
     with Trackers(
         [
             MetricsFile(flags.out / "metrics.jsonl", agent.updates + 1 if flags.resume else 0),
@@ -143,8 +104,12 @@ def train(flags: Flags, console: Console, agent: Agent, heldout: list[Any]) -> N
 
         def after_update(update: int, metrics: Any) -> None:
             trackers.log(update, metrics)
+            if best.is_dir() and Trained.load(best) is None:
+                trained(flags, agent).save(best)
+            if flags.keep_every and update % flags.keep_every == 0:
+                keep(flags, agent, flags.out / "policies" / f"{update:06}")
             if flags.save_every and update % flags.save_every == 0:
-                agent.save(checkpoint)
+                save()
 
         try:
             agent.learn(
@@ -154,18 +119,23 @@ def train(flags: Flags, console: Console, agent: Agent, heldout: list[Any]) -> N
             )
         except (*FAILURES, RewardError):
             if agent.updates:  # it is as it was before the rollout: `--resume` goes on from here
-                agent.save(checkpoint)
+                save()
             raise
-    console.print(f"trained in {time.perf_counter() - start:.0f} s")
-    agent.save(checkpoint)
-    agent.policy.save_pretrained(policy_folder, agent.task.tokenizer)
-    after = agent.evaluate(heldout)
-    after.save(flags.out / "after.json")
-    rows, fixed_units = read_metrics(flags.out / "metrics.jsonl"), not agent.task.reward.learns
-    write_report(flags.out, rows, before, after, asdict(flags), fixed_units=fixed_units)
-    print_comparison(console, before, after)
-    console.print(f"[dim]report[/] {flags.out}/report.html   [dim]policy[/] {policy_folder}")
-    console.print(f"[dim]talk to it[/] python scripts/chat.py --model {policy_folder}")
+    save()
+
+
+def keep(flags: Flags, agent: Agent, folder: Path) -> None:
+    """Write the policy as it is, and what it was trained with."""
+    agent.policy.save_pretrained(folder, agent.task.tokenizer)
+    trained(flags, agent).save(folder)
+
+
+def trained(flags: Flags, agent: Agent) -> Trained:
+    """What the policy is trained with."""
+    model, reference = flags.policy.model, flags.env.reference
+    apart = not flags.policy.lora_rank and None not in (model, reference) and model != reference
+    env = replace(flags.env, reference=reference if apart else model or reference)
+    return Trained.of(env, run=flags.out, updates=agent.updates, from_reference=not apart)
 
 
 def parse(args: Sequence[str] | None = None) -> Flags:
@@ -184,24 +154,6 @@ class Choice:
 
     algorithm: Name = "ppo"
     """As in `Flags`."""
-
-
-def chosen(flags: Flags) -> tuple[Algorithm, TrainConfig]:
-    """The algorithm, and the settings of its loop.
-
-    Raises:
-        ValueError: If a setting of PPO alone is given to another.
-    """
-    if flags.algorithm == "ppo" and flags.group_size is None:
-        return from_config(flags.ppo), flags.ppo
-    algorithm = from_config(flags.ppo) if flags.algorithm == "ppo" else RECIPES[flags.algorithm]()
-    loop, shared = flags.ppo.loop, {f.name for f in fields(TrainConfig)}
-    for f in fields(PPOConfig):
-        value = getattr(flags.ppo, f.name)
-        if flags.algorithm != "ppo" and f.name not in shared and value != f.default:
-            raise ValueError(f"ppo.{f.name}: expected none, because {algorithm.name} has no such setting, got {value}")
-    group_size = algorithm.group_size if flags.group_size is None else flags.group_size
-    return replace(algorithm, group_size=group_size), loop
 
 
 def _differ(agent: Agent, algorithm: Algorithm, config: TrainConfig) -> bool:
@@ -251,8 +203,8 @@ def _checkpoint(out: Path) -> Path:
         return read_checkpoint(out / "checkpoint").folder
     except ValueError as error:
         raise ValueError(
-            f"resume: expected a checkpoint in {out}, got none; leave out --resume to begin there, or give the --out of "
-            f"a run that was begun ({error})"
+            f"resume: expected a checkpoint in {out}, got none; leave out --resume to begin there, or name the --out "
+            f"of a run that was begun ({error})"
         ) from error
 
 

@@ -61,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_lm_folder: Path
 def run(folder: Path, reference: Path, *words: object) -> dict[str, Any]:
     given = ["--env.reference", reference, "--env.heldout", "heldout.txt", "--env.prompts", "heldout.txt"]
     given += ["--env.max-new-tokens", 6, "--env.device", "cpu", "--out", "out", *words]
-    evaluate.main(tyro.cli(evaluate.Flags, args=[str(word) for word in given]))
+    evaluate.main(evaluate.parse([str(word) for word in given]))
     return json.loads((folder / "out" / "evaluation.json").read_text())
 
 

@@ -30,7 +30,7 @@ def run(script: str, *arguments: object) -> None:
     from importlib import import_module
 
     module, words = import_module(f"scripts.{script}"), [str(argument) for argument in arguments]
-    module.main(module.parse(words) if script == "train_ppo" else tyro.cli(module.Flags, args=words))
+    module.main(module.parse(words))
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,189 @@
+"""What training leaves beside a policy, and what evaluations and chats make of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+tyro = pytest.importorskip("tyro")
+
+from scripts import chat, evaluate, train_ppo  # noqa: E402
+from scripts.options import EnvFlags  # noqa: E402
+from scripts.trained import FILE, Trained, lines, shown  # noqa: E402
+from tests.test_evaluate_script import REWARDS  # noqa: E402
+from tests.test_scripts import restored  # noqa: E402, F401 - of grad mode, which a chat turns off
+
+PPO = ["--ppo.batch-episodes", "4", "--ppo.minibatches", "2", "--ppo.epochs", "1", "--threads", "1"]
+
+
+def words(*given: object) -> list[str]:
+    return [str(word) for word in given]
+
+
+@pytest.fixture
+def task(tmp_path: Path, tiny_lm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Flags of training whose every setting is another than the default; paths are relative."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "prompts.txt").write_text("w5 w6\nw7\nw8 w9 w10\n")
+    (tmp_path / "heldout.csv").write_text("q\nw11 w12\nw13\n")
+    (tmp_path / "prompts.csv").write_text("q\nw5 w6\nw7\nw8 w9 w10\n")
+    shutil.copytree(tiny_lm_folder, tmp_path / "start")
+    flags = ["--policy.model", "start", "--env.reward", "my_rewards:length", "--env.prompts", "prompts.csv"]
+    flags += ["--env.heldout", "heldout.csv", "--env.prompt-column", "q", "--env.max-new-tokens", 5]
+    flags += ["--env.stop-token-ids", 1, 7, "--env.temperature", 0.5, "--env.device", "cpu"]
+    return words(*flags, *PPO)
+
+
+def evaluated(capsys: pytest.CaptureFixture[str], *given: object) -> tuple[dict[str, Any], str]:
+    """The results of `scripts/evaluate.py`, and what it prints."""
+    capsys.readouterr()
+    evaluate.main(evaluate.parse(words(*given, "--out", "evaluation", "--env.device", "cpu")))
+    return json.loads(Path("evaluation/evaluation.json").read_text()), " ".join(capsys.readouterr().out.split())
+
+
+def test_an_evaluation_without_flags_asks_as_training_did(
+    tmp_path: Path, task: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_ppo.main(train_ppo.parse([*task, "--iterations", "1", "--out", "run"]))
+    shutil.copytree("run/policy", "elsewhere/copied")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    found, told = evaluated(capsys, "--model", tmp_path / "elsewhere" / "copied")
+    before = json.loads((tmp_path / "run" / "before.json").read_text())
+    assert found["results"]["reference"]["responses"] == before["responses"]
+    assert found["results"]["reference"]["scores"] == before["scores"]
+    settings = found["settings"]
+    assert settings["env.reference"] == str(tmp_path / "start") and settings["env.stop_token_ids"] == "(1, 7)"
+    assert "was trained: reference" in told and "reward my_rewards:length" in told and "temperature 0.5" in told
+    assert "measured alike" not in told
+    found, told = evaluated(capsys, "--model", tmp_path / "run/policy", "--env.temperature", "1.0")
+    assert found["settings"]["env.temperature"] == "1.0"  # given, though it is the default
+    assert found["settings"]["env.max_new_tokens"] == "5"
+    assert "max_new_tokens 5" in told and "model was trained with temperature 0.5; all are measured alike" in told
+
+
+def test_others_of_other_settings_are_told(tmp_path: Path, task: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for name, more in (("one", []), ("two", ["--env.max-new-tokens", "3", "--env.kl-coef", "0.5"])):
+        train_ppo.main(train_ppo.parse([*task, "--iterations", "1", "--out", name, *more]))
+    found, told = evaluated(capsys, "--model", "one/policy", "--others", "two/policy")
+    assert told.count("measured alike") == 1
+    assert " policy was trained with max_new_tokens 3; all are measured alike" in told
+    assert max(found["results"]["policy"]["lengths"]) == 5
+
+
+def test_a_policy_without_the_file_is_evaluated_by_the_flags(
+    tmp_path: Path, tiny_lm_folder: Path, task: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.parse(["--model", str(tiny_lm_folder)]).env == EnvFlags()
+    assert chat.parse(["--model", str(tiny_lm_folder)]) == chat.Flags(model=str(tiny_lm_folder))
+    assert chat.parse([]) == chat.Flags()
+    given = ["--env.reference", "start", "--env.heldout", "prompts.txt", "--env.reward", "my_rewards:length"]
+    _, told = evaluated(capsys, "--model", tiny_lm_folder, *given)
+    assert "was trained" not in told
+
+
+def test_lora_policies_know_their_base(tmp_path: Path, task: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    train_ppo.main(train_ppo.parse([*task, "--policy.lora-rank", "2", "--iterations", "1", "--out", "run"]))
+    found, _ = evaluated(capsys, "--model", "run/policy")
+    before, after = (json.loads(Path(f"run/{name}.json").read_text()) for name in ("before", "after"))
+    assert found["settings"]["env.reference"] == str(tmp_path / "start")
+    assert found["results"]["reference"]["responses"] == before["responses"]
+    assert found["results"]["model"]["prompts"] == after["prompts"]
+
+
+def test_kept_policies_are_a_line_of_the_frontier(
+    tmp_path: Path, task: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run" / "policies" / "000009").mkdir(parents=True)  # of an earlier run
+    flags = [*task, "--out", "run", "--keep-every", "2", "--save-every", "1", "--ppo.eval-every", "1"]
+    train_ppo.main(train_ppo.parse([*flags, "--iterations", "3"]))
+    train_ppo.main(train_ppo.parse([*flags, "--iterations", "4", "--resume"]))
+    policies = sorted(Path("run/policies").iterdir())
+    assert [path.name for path in policies] == ["000002", "000004"]
+    for folder, updates in (("policies/000002", 2), ("policies/000004", 4), ("policy", 4), ("checkpoint", 4)):
+        trained = Trained.load(f"run/{folder}")
+        assert trained is not None and (trained.updates, trained.run) == (updates, str(tmp_path / "run"))
+    best, state = Trained.load("run/best"), json.loads(Path("run/best/trainer.json").read_text())
+    assert best is not None and best.updates == state["updates"]
+
+    joined: list[Any] = []
+    written = evaluate.write_evaluation
+    monkeypatch.setattr(
+        evaluate, "write_evaluation", lambda *a, lines, **o: joined.append(lines) or written(*a, lines=lines, **o)
+    )
+    evaluated(capsys, "--model", "run/policy", "--others", *reversed(policies), "unlike=start")
+    evaluated(capsys, "--model", "run/policy", "--others", policies[0], "--baseline", "start")
+    assert joined == [[["reference", "000002", "000004", "model"]], [["000002", "model"]]]
+
+
+def trained(run: str, updates: int, *, from_reference: bool = True, **env: Any) -> Trained:
+    return Trained.of(replace(EnvFlags(), **env), run=Path(run), updates=updates, from_reference=from_reference)
+
+
+def test_only_policies_of_one_run_are_joined() -> None:
+    policies = {
+        "reference": None,
+        "late": trained("/a", 20, reference="hub/x"),
+        "other": trained("/b", 10, from_reference=False, reference="hub/x"),
+        "early": trained("/a", 5, reference="hub/x"),
+        "model": None,
+    }
+    env = EnvFlags(reference="hub/x")
+    assert lines(policies, env, "reference") == [["reference", "early", "late"], ["other"]]
+    assert lines(policies, env, None) == [["early", "late"], ["other"]]
+    assert lines(policies, EnvFlags(reference="hub/y"), "reference") == [["early", "late"], ["other"]]
+
+
+def test_the_reference_is_what_was_the_reference(task: list[str], tmp_path: Path) -> None:
+    class Done:
+        updates = 7
+
+    def of(*given: str) -> Trained:
+        return train_ppo.trained(train_ppo.parse(list(given)), Done())  # type: ignore[arg-type]
+
+    assert (of().env["reference"], of().from_reference) == (None, True)
+    both = of("--policy.model", "start", "--env.reference", "hub/x")
+    assert (both.env["reference"], both.from_reference, both.updates) == ("hub/x", False, 7)
+    lora = of("--policy.model", "start", "--env.reference", "hub/x", "--policy.lora-rank", "2")
+    assert (lora.env["reference"], lora.from_reference) == (str(tmp_path / "start"), True)
+    assert of("--env.reference", "hub/x").from_reference
+
+
+def test_the_file_trusts_nobody_and_comes_back(tmp_path: Path) -> None:
+    given = EnvFlags(stop_token_ids=(1, 7), temperature=0.5, trust_remote_code=True, reward="a:b", kl_coef=3.0)
+    saved = Trained.of(given, run=tmp_path, updates=3, from_reference=True)
+    saved.save(tmp_path)
+    assert Trained.load(tmp_path) == saved
+    assert saved.flags() == replace(given, trust_remote_code=False, kl_coef=EnvFlags().kl_coef)
+    assert shown(saved.kept(given)) == "reward a:b, stop_token_ids (1, 7), temperature 0.5"
+    text = (tmp_path / FILE).read_text()
+    assert "trust_remote_code" not in text
+    (tmp_path / FILE).write_text(text.replace('"format": 1', '"format": 2'))
+    with pytest.raises(
+        ValueError, match=rf"^model: expected a {FILE} of format 1, got another in {re.escape(str(tmp_path))}"
+    ):
+        Trained.load(tmp_path)
+    assert Trained.load("some/hub-name") is None
+
+
+def test_a_chat_samples_as_training_did(
+    tmp_path: Path, tiny_lm_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_lm_folder, tmp_path / "policy")
+    env = EnvFlags(max_new_tokens=4, temperature=0.25, stop_token_ids=(2, 3), chat_template=True)
+    Trained.of(env, run=tmp_path, updates=3, from_reference=True).save(tmp_path / "policy")
+    flags = chat.parse(["--model", str(tmp_path / "policy"), "--temperature", "1.0"])
+    assert (flags.max_new_tokens, flags.temperature, flags.stop_token_ids) == (4, 1.0, (2, 3))
+    assert flags.chat_template
+    chat.main(replace(flags, chat_template=False, prompt="w5 w6"))
+    shown = capsys.readouterr().out
+    assert "as it was trained: max_new_tokens 4, stop_token_ids (2, 3)\n" in shown and "w5 w6" in shown
