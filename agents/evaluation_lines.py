@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from agents.evaluation_metrics import Result
 from agents.intervals import FEW, Estimate
 from agents.report import Headline
 from agents.tracking import number
+from textenv.rewards.human import printable
 from textenv.types import FinishReason
 
 TABLE_ROWS = 2000
@@ -141,22 +141,6 @@ def headlines(results: Sequence[Result], second_name: str) -> list[Headline]:
     return found
 
 
-def visible(text: str) -> str:
-    r"""Text whose control and direction characters, other than newlines, are shown as signs.
-
-    >>> visible("a\x1b[2Jb\tc\u202e\r\nd")
-    'a␛[2Jb␉c⟨U+202E⟩␍\nd'
-    """
-
-    def shown(match: re.Match[str]) -> str:
-        code = ord(match[0])
-        if code < 0x20:
-            return chr(0x2400 + code)
-        return "␡" if code == 0x7F else f"⟨U+{code:04X}⟩"
-
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]", shown, text)
-
-
 def sample_rows(results: Sequence[Result], limit: int = TABLE_ROWS) -> list[dict[str, Any]]:
     """One row a response: whole prompts in their order, every policy's responses to one before the next."""
     rows = []
@@ -170,9 +154,9 @@ def sample_rows(results: Sequence[Result], limit: int = TABLE_ROWS) -> list[dict
                     {
                         "number": index + 1,
                         "policy": order,
-                        "name": visible(result.name),
-                        "prompt": visible(a.prompts[index]),
-                        "response": visible(a.responses[i]),
+                        "name": printable(result.name),
+                        "prompt": printable(a.prompts[index]),
+                        "response": printable(a.responses[i]),
                         "score": a.scores[i],
                         "second": None if a.second_scores is None else a.second_scores[i],
                         "kl": a.kls[i],

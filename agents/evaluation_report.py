@@ -19,13 +19,13 @@ from agents.evaluation_lines import (
     number_rows,
     sample_rows,
     verdict,
-    visible,
 )
 from agents.evaluation_metrics import Result
 from agents.frontier import Lines, frontier_figure, points
 from agents.learning_curve import DARK, LIGHT, png
 from agents.report import flat, markdown, render
 from agents.tracking import number
+from textenv.rewards.human import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +73,7 @@ def evaluation_markdown(results: Sequence[Result], second_name: str, title: str,
     first = results[0].assessment
     out = [f"# {markdown(title)}", "", f"{counted(first)} {caution(results)}".strip(), ""]
     out += [f"- {markdown(verdict(result, second_name))}" for result in results[1:]]
-    names = [markdown(visible(result.name)) for result in results]
+    names = [markdown(printable(result.name)) for result in results]
     out += ["", f"| | {' | '.join(names)} | |", "|:--|" + "--:|" * len(names) + ":--|"]
     for line, cells in number_rows(results, second_name):
         label = f"· {markdown(line.name)}" if line.key in SUBORDINATE else f"**{markdown(line.name)}**"
@@ -107,7 +107,7 @@ def evaluation_html(
         "caution": caution(results),
         "headlines": headlines(results, second_name),
         "verdicts": [(verdict(result, second_name), result.over_optimised) for result in results[1:]],
-        "names": [visible(result.name) for result in results],
+        "names": [printable(result.name) for result in results],
         "numbers": number_rows(results, second_name),
         "subordinate": SUBORDINATE,
         "second_name": second_name,
@@ -132,7 +132,7 @@ def print_evaluation(console: Console, results: Sequence[Result], *, second_name
     numbers = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False)
     numbers.add_column("")
     for result in results:
-        numbers.add_column(Text(visible(result.name)), justify="right")
+        numbers.add_column(Text(printable(result.name)), justify="right")
     for line, cells in number_rows(results, second_name):
         more = line.key in SUBORDINATE
         numbers.add_row(Text(f"  {line.name}" if more else line.name, "dim" if more else "bold"), *cells)

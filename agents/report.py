@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from agents.learning_curve import DARK, LIGHT, Rows, learning_curve, png
 from agents.tracking import number
+from textenv.rewards.human import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,15 +136,6 @@ def samples(before: Evaluation, after: Evaluation) -> list[Sample]:
         Sample(i, printable(p), printable(b), printable(a), old, new, kl)
         for i, (p, b, a, old, new, kl) in enumerate(zip(*columns, strict=True), start=1)
     ]
-
-
-def printable(text: str) -> str:
-    r"""Text without control characters other than newlines, which could steer a terminal or break a page.
-
-    >>> printable("a\x1b[2Jb\tc\r\nd")
-    'a[2Jb c\nd'
-    """
-    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029]", lambda m: " " if m[0] == "\t" else "", text)
 
 
 def markdown(text: str) -> str:

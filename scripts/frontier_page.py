@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from agents.evaluation_lines import visible
 from agents.frontier import Point, frontier_figure
 from agents.intervals import Estimate
 from agents.learning_curve import png
 from agents.report import markdown
 from agents.tracking import number
+from textenv.rewards.human import printable
 
 Row = Mapping[str, Any]
 NOT_YET = "Not run yet: `python scripts/benchmark_frontier.py`."
@@ -104,7 +104,7 @@ def hacking_block(rows: Sequence[Row]) -> str:
     if not runs:
         return NOT_YET
     lines = ["| | the first held-out prompt and its first response |", "|---|---|"]
-    lines += [f"| {name(row, rows)} | {markdown(visible(row['held_out']['sample']))} |" for row in runs]
+    lines += [f"| {name(row, rows)} | {markdown(printable(row['held_out']['sample']))} |" for row in runs]
     picture = "![Score and distinct-2 against KL](images/frontier.png)"
     return "\n\n".join(
         [picture, table(rows).strip(), "\n".join(lines), "[How it was measured](benchmarks/frontier.md)."]

@@ -190,7 +190,7 @@ def test_the_benchmark_page_has_both_sets_sorted() -> None:
 def test_the_picture_and_the_block_of_reward_hacking() -> None:
     assert frontier_page.figure(ROWS).startswith(b"\x89PNG")
     block = frontier_page.hacking_block(ROWS)
-    assert "images/frontier.png" in block and "| β 0 | Once \\| upon␛ |" in block
+    assert "images/frontier.png" in block and "| β 0 | Once \\| upon\\\\x1b |" in block
     assert frontier_page.hacking_block(ROWS[:1]) == frontier_page.NOT_YET
 
 

@@ -13,14 +13,13 @@ import pytest
 from rich.console import Console
 
 from agents import evaluation_lines, evaluation_report
-from agents.evaluation_lines import visible
 from agents.evaluation_metrics import Result, compare, distinct, second_score
 from agents.frontier import points
 from agents.tracking import number
 from tests.evaluation_fixtures import TEXTS, assessment
 
 NASTY = "<script>alert('x')</script> & \"quoted\" | **bold** [red]markup[/red] {{ 7 * 7 }}\nnext \x1b[2J\u202eline"
-SHOWN = NASTY.replace("\x1b", "␛").replace("\u202e", "⟨U+202E⟩")
+SHOWN = NASTY.replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
 CONFIG = {"seed": 3, "env": {"reward": "<b>plain</b>"}}
 VOID = {"meta", "img", "input", "source", "br"}
 
@@ -160,10 +159,14 @@ def test_what_others_wrote_is_escaped_and_shown() -> None:
     assert "{{ 7 * 7 }}" in source and "\x1b" not in source and "\u202e" not in source
 
 
-def test_visible_keeps_what_can_be_seen() -> None:
+def test_texts_and_names_are_shown_as_they_are_but_for_what_acts_unseen() -> None:
+    hidden = "".join(map(chr, (0x00, 0x07, 0x0D, 0x1B, 0x7F, 0x85, 0x061C, 0x200E, 0x202E, 0x2066, 0xE0001)))
     text = "naïve “words” — 日本 🙂\nnew line"
-    assert visible(text) == text
-    assert visible("\x00\x7f\x85\u2066") == "␀␡⟨U+0085⟩⟨U+2066⟩"
+    [row, *_] = evaluation_lines.sample_rows(compare([assessment(text + hidden, prompts=[text + hidden, "b"])]))
+    for key in ("name", "prompt"):
+        assert row[key].startswith(text)
+        assert not set(row[key]) & set(hidden)
+        assert row[key].endswith(r"\x85\u061c\u200e\u202e\u2066\U000e0001")
 
 
 def test_rows_carry_what_sorting_needs() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from agents import learning_curve, report, tracking
 
-NASTY = "<script>alert('x')</script> & \"quoted\" | **bold** [red]markup[/red] {{ 7 * 7 }}\nnext \x1b[2Jline"
+NASTY = "<script>alert('x')</script> & \"quoted\" | **bold** [red]markup[/red] {{ 7 * 7 }}\nnext \x1b[2J\u061cline"
 CONFIG = {"seed": 3, "ppo": {"lr": 3e-4, "name": "<b>plain</b>"}}
 
 
@@ -123,7 +123,7 @@ def test_html_escapes_what_others_wrote() -> None:
     parsed = Page(source)
     # The same tags as a tame page, the very characters as text, and nothing evaluated.
     assert parsed.tags == clean.tags and len(parsed.tags) > 40
-    assert parsed.texts.count(NASTY.replace("\x1b", "")) == 3
+    assert parsed.texts.count(NASTY.replace("\x1b", r"\x1b").replace("\u061c", r"\u061c")) == 3
     assert "<title>A &lt;run&gt;</title>" in source and "&lt;b&gt;plain&lt;/b&gt;" in source
 
 
