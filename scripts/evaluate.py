@@ -76,11 +76,11 @@ def main(flags: Flags) -> None:
     """Sample from each, measure, compare, write."""
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
-    given, flags, console = flags.env, resolved(flags), Console(highlight=False)
+    given, flags, console = flags.env, resolved(flags), Console()
     policies = named_policies(flags)
     trained = {name: Trained.load(source) for name, source in policies.items()}
     reference, reward = (escape(str(name)) for name in (flags.env.reference, flags.env.reward))
-    console.print(f"[dim]reference[/] {reference}   [dim]reward[/] {reward}")
+    console.print(f"[dim]reference[/] {reference}   [dim]reward[/] {reward}", highlight=False)
     tell(console, flags, given, trained)
     # A reference is needed whatever β was, and every response is to be scored.
     options = replace(flags.env, kl_coef=1.0, kl_target=None, length_end="terminate")
@@ -138,12 +138,12 @@ def tell(console: Console, flags: Flags, given: EnvFlags, trained: Mapping[str, 
     own = trained[name]
     if own is not None:
         taken = shown(own.kept(given)) or "the defaults"
-        console.print(f"[dim]as {escape(source)} was trained:[/] {escape(taken)}")
+        console.print(f"[dim]as {escape(source)} was trained:[/] {escape(taken)}", highlight=False)
     for policy, one in trained.items():
         other = {} if one is None else one.otherwise(given)
         if other:
             told = f"{policy} was trained with {shown(other)}; all are measured alike."
-            console.print(f"[yellow]{escape(told)}[/]")
+            console.print(f"[yellow]{escape(told)}[/]", highlight=False)
 
 
 def resolved(flags: Flags) -> Flags:

@@ -2,7 +2,8 @@
 
 Without flags it trains the embedded storyteller to write happier stories, evaluates it before and after on openings it
 was not trained on, and writes everything to `runs/ppo`, of another algorithm to `runs/` and its name: `metrics.jsonl`,
-TensorBoard events, `samples.md`, `learning_curve.png`, `report.html`, and the policy as a Hugging Face folder.
+TensorBoard events, `samples.md`, `learning_curve.png`, `report.html`, and the policy as a Hugging Face folder, with
+`--keep-every` also the policies on the way.
 
     python scripts/train_ppo.py
     python scripts/train_ppo.py --policy.model my-sft-model --env.reward my-reward-model --env.prompts prompts.txt
@@ -37,7 +38,7 @@ from agents.tracking import MetricsFile, Progress, TensorBoard, Trackers, read_m
 from scripts.options import device_of, heldout_prompts, make_env, run
 from scripts.ppo_flags import Flags, Name, chosen
 from scripts.samplers import longest, make_sampler
-from scripts.trained import Trained
+from scripts.trained import FILE, Trained
 from textenv.rewards import RewardError
 
 FAILURES = (SamplerFailure, SamplerMismatch, ConnectionError, TimeoutError)
@@ -104,7 +105,7 @@ def learn(flags: Flags, agent: Agent) -> None:
 
         def after_update(update: int, metrics: Any) -> None:
             trackers.log(update, metrics)
-            if best.is_dir() and Trained.load(best) is None:
+            if best.is_dir() and not (best / FILE).exists():
                 trained(flags, agent).save(best)
             if flags.keep_every and update % flags.keep_every == 0:
                 keep(flags, agent, flags.out / "policies" / f"{update:06}")

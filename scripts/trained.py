@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.options import EnvFlags
+from textenv.rewards.human import printable
 
 FILE = "textenv.json"
 _FORMAT = 1
@@ -57,16 +58,21 @@ class Trained:
         """What was saved beside a policy; None where nothing was, or the name is no folder's.
 
         Raises:
-            ValueError: If the file is another version's.
+            ValueError: If the file is another version's, or broken.
         """
         path = Path(folder) / FILE
         if not path.is_file():
             return None
-        saved = json.loads(path.read_text(encoding="utf8"))
-        if saved.pop("format", None) != _FORMAT or set(saved["env"]) != set(SETTINGS):
-            raise ValueError(f"model: expected a {FILE} of format {_FORMAT}, got another in {folder}")
-        stops = saved["env"]["stop_token_ids"]
-        return cls(**{**saved, "env": {**saved["env"], "stop_token_ids": None if stops is None else tuple(stops)}})
+        try:
+            saved = json.loads(path.read_text(encoding="utf8"))
+            form, env = saved.pop("format"), {name: saved["env"].pop(name) for name in SETTINGS}
+            if form != _FORMAT or saved.pop("env"):
+                raise ValueError(f"format {form}")
+            stops = env["stop_token_ids"]
+            return cls({**env, "stop_token_ids": None if stops is None else tuple(stops)}, **saved)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            wanted = f"model: expected a {FILE} of format {_FORMAT}"
+            raise ValueError(f"{wanted}, got another in {folder} ({error})") from error
 
     def flags(self) -> EnvFlags:
         """Those of an evaluation that asks as training did."""
@@ -89,7 +95,8 @@ def shown(settings: Mapping[str, Any]) -> str:
     >>> shown({"temperature": 0.7, "tokenizer": None})
     'temperature 0.7, tokenizer by default'
     """
-    return ", ".join(f"{name} {'by default' if value is None else value}" for name, value in settings.items())
+    told = (f"{name} {'by default' if value is None else value}" for name, value in settings.items())
+    return printable(", ".join(told))
 
 
 def lines(policies: Mapping[str, Trained | None], env: EnvFlags, start: str | None) -> list[list[str]]:

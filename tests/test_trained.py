@@ -167,11 +167,12 @@ def test_the_file_trusts_nobody_and_comes_back(tmp_path: Path) -> None:
     assert shown(saved.kept(given)) == "reward a:b, stop_token_ids (1, 7), temperature 0.5"
     text = (tmp_path / FILE).read_text()
     assert "trust_remote_code" not in text
-    (tmp_path / FILE).write_text(text.replace('"format": 1', '"format": 2'))
-    with pytest.raises(
-        ValueError, match=rf"^model: expected a {FILE} of format 1, got another in {re.escape(str(tmp_path))}"
-    ):
-        Trained.load(tmp_path)
+    message = rf"^model: expected a {FILE} of format 1, got another in {re.escape(str(tmp_path))}"
+    broken = {text.replace('"format": 1', '"format": 2'), text.replace('"temperature"', '"heat"'), "[]", "{", "{}"}
+    for other in (*broken, text.replace('"env": {', '"env": {"more": 1,'), text.replace('"updates"', '"steps"')):
+        (tmp_path / FILE).write_text(other)
+        with pytest.raises(ValueError, match=message):
+            Trained.load(tmp_path)
     assert Trained.load("some/hub-name") is None
 
 
