@@ -32,7 +32,7 @@ from agents import ValueHeadLM
 from agents.assessment import Assessment, assess
 from agents.evaluation_metrics import SecondReward, compare, distinct, second_score
 from agents.evaluation_report import print_evaluation, write_evaluation
-from scripts.options import EnvFlags, bound_reward, device_of, heldout_prompts, make_env, run
+from scripts.options import EnvFlags, bound_reward, device_of, heldout_prompts, is_code, make_env, run
 from scripts.trained import Trained, lines, shown
 from textenv.rewards.reward import Ids
 from textenv.rewards.running import in_fixed_units
@@ -116,12 +116,22 @@ def parse(args: Sequence[str] | None = None) -> Flags:
     """The flags, those of the environment beginning with what the model was trained with.
 
     Raises:
-        ValueError: If another version wrote that.
+        ValueError: If another version wrote that, or if the reward is code that nobody named here or trusts.
     """
     choice, _ = tyro.cli(Choice, args=args, return_unknown_args=True, add_help=False)
     trained = None if choice.model is None else Trained.load(named("model", choice.model)[1])
-    default = Flags(model=tyro.MISSING, env=EnvFlags() if trained is None else trained.flags())
-    return tyro.cli(Flags, args=args, default=default, description=__doc__)
+    env = EnvFlags() if trained is None else trained.flags()
+    code = env.reward if env.reward is not None and is_code(env.reward) else None
+    default = Flags(model=tyro.MISSING, env=env if code is None else replace(env, reward=None))
+    flags = tyro.cli(Flags, args=args, default=default, description=__doc__)
+    if code is None or flags.env.reward is not None:
+        return flags
+    if not flags.env.trust_remote_code:
+        raise ValueError(
+            f"env.reward: expected --env.reward {code} or another, because the model was trained with that code, and a "
+            "folder alone may not have code run (--env.trust-remote-code lets it), got none"
+        )
+    return replace(flags, env=replace(flags.env, reward=code))
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,11 @@ def make_env(
     )
 
 
+def is_code(name: str) -> bool:
+    """Whether a name is `module:attribute`, and not a folder that is there."""
+    return re.fullmatch(r"[\w.]+:[\w.]+", name) is not None and not Path(name).exists()
+
+
 def named_reward(name: str | None, flag: str) -> Any:
     """What a flag names: `module:attribute` becomes the object, a folder or hub name stays what it is.
 
@@ -123,7 +128,7 @@ def named_reward(name: str | None, flag: str) -> Any:
     Raises:
         ValueError: Naming the flag, if the module or the attribute is not there or no reward.
     """
-    if name is None or Path(name).exists() or not re.fullmatch(r"[\w.]+:[\w.]+", name):
+    if name is None or not is_code(name):
         return name
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

@@ -45,7 +45,8 @@ def task(tmp_path: Path, tiny_lm_folder: Path, monkeypatch: pytest.MonkeyPatch) 
 def evaluated(capsys: pytest.CaptureFixture[str], *given: object) -> tuple[dict[str, Any], str]:
     """The results of `scripts/evaluate.py`, and what it prints."""
     capsys.readouterr()
-    evaluate.main(evaluate.parse(words(*given, "--out", "evaluation", "--env.device", "cpu")))
+    trust = "--env.trust-remote-code"  # the reward is code
+    evaluate.main(evaluate.parse(words(*given, "--out", "evaluation", "--env.device", "cpu", trust)))
     return json.loads(Path("evaluation/evaluation.json").read_text()), " ".join(capsys.readouterr().out.split())
 
 
@@ -68,6 +69,15 @@ def test_an_evaluation_without_flags_asks_as_training_did(
     assert found["settings"]["env.temperature"] == "1.0"  # given, though it is the default
     assert found["settings"]["env.max_new_tokens"] == "5"
     assert "max_new_tokens 5" in told and "model was trained with temperature 0.5; all are measured alike" in told
+
+
+def test_code_that_a_folder_names_is_not_run_unless_it_is_named_here(task: list[str]) -> None:
+    train_ppo.main(train_ppo.parse([*task, "--iterations", "1", "--out", "run"]))
+    with pytest.raises(ValueError, match=r"^env.reward: expected --env.reward my_rewards:length or another, because"):
+        evaluate.parse(["--model", "run/policy"])
+    for given in (["--env.reward", "my_rewards:length"], ["--env.trust-remote-code"]):
+        assert evaluate.parse(["--model", "run/policy", *given]).env.reward == "my_rewards:length"
+    assert evaluate.parse(["--model", "run/policy", "--env.reward", "other"]).env.reward == "other"
 
 
 def test_others_of_other_settings_are_told(tmp_path: Path, task: list[str], capsys: pytest.CaptureFixture[str]) -> None:
