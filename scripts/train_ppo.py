@@ -133,10 +133,8 @@ def keep(flags: Flags, agent: Agent, folder: Path) -> None:
 
 def trained(flags: Flags, agent: Agent) -> Trained:
     """What the policy is trained with."""
-    model, reference = flags.policy.model, flags.env.reference
-    apart = not flags.policy.lora_rank and None not in (model, reference) and model != reference
-    env = replace(flags.env, reference=reference if apart else model or reference)
-    return Trained.of(env, run=flags.out, updates=agent.updates, from_reference=not apart)
+    lora = flags.policy.lora_rank > 0
+    return Trained.of(flags.env, flags.policy.model, run=flags.out, updates=agent.updates, lora=lora)
 
 
 def parse(args: Sequence[str] | None = None) -> Flags:

@@ -44,9 +44,19 @@ class Trained:
     """Whether the run began as the reference."""
 
     @classmethod
-    def of(cls, env: EnvFlags, *, run: Path, updates: int, from_reference: bool) -> Trained:
-        """The settings of a run as its flags give them, the reference named."""
-        return cls(_settings(env), str(run.resolve()), updates, from_reference)
+    def of(cls, env: EnvFlags, model: str | None, *, run: Path, updates: int, lora: bool = False) -> Trained:
+        """The settings of a run as its flags give them, the reference named.
+
+        Args:
+            env: Its flags of the environment.
+            model: What it began with; None: `env.reference`, or else the embedded storyteller.
+            run: Its folder.
+            updates: Done so far.
+            lora: Whether it trained adapters: the model under them is then the reference, whatever `env` says.
+        """
+        apart = not lora and None not in (model, env.reference) and model != env.reference
+        reference = env.reference if apart else model or env.reference
+        return cls(_settings(replace(env, reference=reference)), str(run.resolve()), updates, not apart)
 
     def save(self, folder: Path) -> None:
         """Write it beside a policy."""

@@ -135,15 +135,15 @@ def test_kept_policies_are_a_line_of_the_frontier(
     assert joined == [[["reference", "000002", "000004", "model"]], [["000002", "model"]]]
 
 
-def trained(run: str, updates: int, *, from_reference: bool = True, **env: Any) -> Trained:
-    return Trained.of(replace(EnvFlags(), **env), run=Path(run), updates=updates, from_reference=from_reference)
+def trained(run: str, updates: int, *, model: str | None = None, **env: Any) -> Trained:
+    return Trained.of(replace(EnvFlags(), **env), model, run=Path(run), updates=updates)
 
 
 def test_only_policies_of_one_run_are_joined() -> None:
     policies = {
         "reference": None,
         "late": trained("/a", 20, reference="hub/x"),
-        "other": trained("/b", 10, from_reference=False, reference="hub/x"),
+        "other": trained("/b", 10, model="hub/z", reference="hub/x"),
         "early": trained("/a", 5, reference="hub/x"),
         "model": None,
     }
@@ -170,7 +170,7 @@ def test_the_reference_is_what_was_the_reference(task: list[str], tmp_path: Path
 
 def test_the_file_trusts_nobody_and_comes_back(tmp_path: Path) -> None:
     given = EnvFlags(stop_token_ids=(1, 7), temperature=0.5, trust_remote_code=True, reward="a:b", kl_coef=3.0)
-    saved = Trained.of(given, run=tmp_path, updates=3, from_reference=True)
+    saved = Trained.of(given, None, run=tmp_path, updates=3)
     saved.save(tmp_path)
     assert Trained.load(tmp_path) == saved
     assert saved.flags() == replace(given, trust_remote_code=False, kl_coef=EnvFlags().kl_coef)
@@ -191,7 +191,7 @@ def test_a_chat_samples_as_training_did(
 ) -> None:
     shutil.copytree(tiny_lm_folder, tmp_path / "policy")
     env = EnvFlags(max_new_tokens=4, temperature=0.25, stop_token_ids=(2, 3), chat_template=True)
-    Trained.of(env, run=tmp_path, updates=3, from_reference=True).save(tmp_path / "policy")
+    Trained.of(env, None, run=tmp_path, updates=3).save(tmp_path / "policy")
     flags = chat.parse(["--model", str(tmp_path / "policy"), "--temperature", "1.0"])
     assert (flags.max_new_tokens, flags.temperature, flags.stop_token_ids) == (4, 1.0, (2, 3))
     assert flags.chat_template
