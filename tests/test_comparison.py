@@ -65,17 +65,21 @@ def run_of(name: str, seed: int) -> dict[str, Any]:
 
 def test_table_and_curves_are_written(tmp_path: Path) -> None:
     results = tmp_path / "algorithms.jsonl"
-    runs = [run_of(name, seed) for name in ("ppo", "sb3 ppo", "reinforce++") for seed in (0, 1)]
+    names = ("ppo", "sb3 ppo", "sb3 ppo by episode", "reinforce++")
+    runs = [run_of(name, seed) for name in names for seed in (0, 1)]
+    runs[3]["objective"] += 1.0
     results.write_text("".join(json.dumps(row) + "\n" for row in runs), encoding="utf8")
     command = [sys.executable, "-m", "scripts.compare_algorithms", "--table", "--results", str(results)]
     subprocess.run([*command, "--images", str(tmp_path / "curves")], cwd=ROOT, check=True, capture_output=True)
     page = (tmp_path / "algorithms.md").read_text(encoding="utf8")
-    assert "| sb3 ppo | Stable-Baselines3 | 6.50 ± 0.50 | 8.00 ± 0.00 | 4.00 ± 0.00 | 60 | 500 | 2 |" in page
-    assert "| sb3 ppo | +0.00 ± 0.71: too noisy to tell |" in page
+    assert "| sb3 ppo | Stable-Baselines3 | 7.00 ± 1.00 | 8.00 ± 0.00 | 4.00 ± 0.00 | 60 | 500 | 2 |" in page
+    assert "| sb3 ppo | +0.50 ± 1.12: too noisy to tell |" in page  # 6, 8 against 6, 7
+    assert "| sb3 ppo, against sb3 ppo by episode | +0.50 ± 1.12: too noisy to tell |" in page
+    assert "tianshou ppo, against" not in page
     assert "| reinforce++ | 6.00 | 7.00 |" in page and "| rloo |" not in page
     assert "## Not yet run with all seeds\n\nppo, " in page and "rloo, " in page
     pictures = {path.name for path in (tmp_path / "curves").iterdir()}
-    assert pictures == {"ppo.png", "sb3_ppo.png", "reinforce_pp.png"}
+    assert pictures == {"ppo.png", "sb3_ppo.png", "sb3_ppo_by_episode.png", "reinforce_pp.png"}
 
 
 def test_competitors_are_timed_in_turn() -> None:

@@ -85,7 +85,27 @@ def _variants(rows: Sequence[Mapping[str, Any]]) -> str:
         mine = [row["objective"] for row in _of(rows, name)]
         if name != NATIVE and mine and native:
             lines.append(f"| {name} | {verdict(mine, native)} |")
-    return "\n".join(lines) + "\n\n"
+    return "\n".join(lines) + "\n\n" + _minibatches(rows)
+
+
+_MINIBATCHES = """Stock PPO of a library learns from minibatches of transitions, drawn from all episodes of a rollout;
+the native one, and "by episode", from whole episodes. Tokens of one episode share one score, so a minibatch of a few
+episodes estimates the gradient with more noise than as many tokens of all of them. Within one library nothing else
+differs:
+
+| | Δ objective |
+|---|---|
+"""
+
+
+def _minibatches(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Stock minibatches against those by episode, of each library that has both."""
+    lines = []
+    for name in PPO_VARIANTS:
+        stock, whole = ([row["objective"] for row in _of(rows, one)] for one in (name, f"{name} by episode"))
+        if stock and whole:
+            lines.append(f"| {name}, against {name} by episode | {verdict(stock, whole)} |\n")
+    return _MINIBATCHES + "".join(lines) + "\n" if lines else ""
 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> str:
