@@ -29,15 +29,15 @@ from scripts.reward_modelling.examples import split
 from scripts.reward_modelling.figures import accuracy, decide
 from scripts.reward_modelling.making import Recipe, examples_of, make
 from scripts.reward_modelling.report import mean_error
-from scripts.reward_modelling.training import FitSettings
+from scripts.reward_modelling.training import FIT
 from scripts.valence import MATERIAL, is_there, model_folder
 from textenv.rewards.lexicon import read_lexicon, valence
 
 RECIPES: dict[tuple[str, str], Recipe] = {
-    ("films", "lm"): Recipe(task="ranked", rounds=2, fit=FitSettings(learning_rate=2e-3)),
+    ("films", "lm"): Recipe(task="ranked", rounds=2, fit=replace(FIT, learning_rate=2e-3)),
     ("films", "words"): Recipe(task="ranked", kind="words", rounds=20),
     ("films", "words, ratings"): Recipe(task="ratings", kind="words"),
-    ("answers", "lm"): Recipe(fit=FitSettings(learning_rate=2e-3, batch=8)),
+    ("answers", "lm"): Recipe(fit=replace(FIT, learning_rate=2e-3, batch_examples=8)),
     ("answers", "words"): Recipe(kind="words"),
 }
 

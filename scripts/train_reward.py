@@ -2,13 +2,15 @@
 
     python scripts/train_reward.py --data pairs.jsonl --out runs/reward
     python scripts/train_reward.py --data rated.csv --recipe.task ratings --recipe.kind words
+    python scripts/train_reward.py --data pairs.jsonl --out runs/reward --resume
 
-Writes `model` (a sequence classifier, or a folder of words: either is a `--env.reward`), `report.json` and
-`calibration.png` into `--out`.
+Writes `model` (a sequence classifier, or a folder of words: either is a `--env.reward`), `report.json`,
+`calibration.png` and the newest checkpoint into `--out`.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from scripts.reward_modelling.making import Recipe, make
 from scripts.reward_modelling.report import show, write
 from scripts.reward_modelling.rows import Columns, read, read_texts
 from textenv.models import load_tokenizer
+from textenv.tables import Reading
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Flags:
     """Data, and what is made of it."""
 
     data: Path
-    """Rows to train on: .jsonl, .json, .csv, .tsv or .parquet."""
+    """Rows to train on: .jsonl, .json, .csv, .tsv, .parquet, or a folder of Dataset.save_to_disk."""
     heldout: Path | None = None
     """Rows to measure on; a share of the data if absent."""
     heldout_frac: float = 0.2
@@ -46,8 +49,12 @@ class Flags:
     recipe: Recipe = field(default_factory=Recipe)
     out: Path = Path("runs/reward")
     """Folder of everything that is written."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`, if there is one."""
+    chat_template: bool = False
+    """Whether a prompt that is text is what the user says in the tokenizer's chat template; messages always use it."""
     strict: bool = False
-    """Stop at the first bad row; if not, bad rows are counted and skipped."""
+    """Whether bad rows are an error, or told and skipped."""
     device: str = "auto"
     """Where it trains; auto: the GPU if there is one."""
     threads: int | None = None
@@ -68,25 +75,31 @@ def main(flags: Flags) -> None:
     base: Any = flags.recipe.model or textenv.embedded.STORYTELLER
     tokenizer = load_tokenizer(base, argument="model")
 
-    def rows_of(path: Path) -> list[Any]:
-        return read(
-            path, flags.recipe.task, flags.columns, tokenizer, split_by=flags.split_by, strict=flags.strict, tell=tell
-        )
-
-    training = rows_of(flags.data)
-    if flags.heldout is not None:
-        heldout = rows_of(flags.heldout)
-    else:
-        training, heldout = split(training, flags.heldout_frac, flags.recipe.seed, flags.split_by)
-    reference = None
+    readings: dict[str, Reading[Any]] = {}
+    for name, path in (("data", flags.data), ("heldout", flags.heldout)):
+        if path is not None:
+            readings[name] = read(
+                path, flags.recipe.task, flags.columns, tokenizer,
+                split_by=flags.split_by, chat_template=flags.chat_template, strict=flags.strict,
+            )  # fmt: skip
     if flags.reference is not None:
-        reference = read_texts(flags.reference, flags.columns, tokenizer, strict=flags.strict, tell=tell)
+        readings["reference"] = read_texts(
+            flags.reference, flags.columns, tokenizer, chat_template=flags.chat_template, strict=flags.strict
+        )
+    rows = {name: reading.told(tell) for name, reading in readings.items()}
+    if flags.heldout is not None:
+        training, heldout = rows["data"], rows["heldout"]
+    else:
+        training, heldout = split(rows["data"], flags.heldout_frac, flags.recipe.seed, flags.split_by)
+    if not flags.resume:
+        shutil.rmtree(flags.out / "checkpoints", ignore_errors=True)
     report = make(
-        training, heldout, flags.recipe, flags.out / "model", base=base, device=device_of(flags.device),
-        reference=reference, trust_remote_code=flags.trust_remote_code, tell=tell,
+        training, heldout, flags.recipe, flags.out, base=base, device=device_of(flags.device),
+        reference=rows.get("reference"), resume=flags.resume, trust_remote_code=flags.trust_remote_code, tell=tell,
     )  # fmt: skip
     for side, counts in report["data"].items():
         tell(f"{side}: {counts['rows']} rows, {counts['ties']} ties dropped, {counts['examples']} examples")
+    report["files"] = {name: reading.counts for name, reading in readings.items()}
     write(flags.out, report)
     show(console, report)
     console.print(f"[dim]reward model[/] {flags.out}/model   [dim]report[/] {flags.out}/report.json, calibration.png")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -34,11 +35,11 @@ from scripts.finetuning.training import (
     autocast,
     collator,
     finetune,
-    last_checkpoint,
     perplexity,
     split,
 )
 from scripts.options import device_of, run
+from scripts.trainer_config import last_checkpoint
 from textenv.models import (
     check_tokenizer_fits,
     context_length,
@@ -47,6 +48,7 @@ from textenv.models import (
     logit_width,
     no_progress_bar,
 )
+from textenv.tables import Reading
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class DataFlags:
     """The examples."""
 
     train: str
-    """A .txt file (a text a line), or a .jsonl, .json, .csv, .tsv or .parquet file."""
+    """A .txt (a text a line), .jsonl, .json, .csv, .tsv or .parquet file, or a folder of Dataset.save_to_disk."""
     heldout: str | None = None
     """A file of examples to evaluate on; if absent, some are held out."""
     heldout_frac: float = 0.05
@@ -68,7 +70,7 @@ class DataFlags:
     max_tokens: int | None = None
     """Longest example, a longer one loses its end; the model's context if absent."""
     strict: bool = False
-    """Whether a bad row is an error, or told and skipped."""
+    """Whether bad rows are an error, or told and skipped."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def main(flags: Flags) -> None:
     ).module
     check_tokenizer_fits(tokenizer, logit_width(model), argument="model")
     encoder = Encoder(tokenizer, flags.data.max_tokens or context_length(model.config), flags.data.chat_template)
-    examples, heldout = read_data(flags.data, encoder, config.seed, console)
+    readings = read_data(flags.data, encoder, console)
+    examples, heldout = sides(flags.data, readings, config.seed)
     console.print(
         f"[bold]SFT[/] of {flags.model or 'the embedded storyteller'} "
         f"({sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {model.device}) "
@@ -122,14 +125,14 @@ def main(flags: Flags) -> None:
         trained = finetune(model, examples, heldout, config, checkpoints, tracker, resume=flags.resume)
         trained.model.save_pretrained(flags.out / "model")
     tokenizer.save_pretrained(flags.out / "model")
-    report(console, flags, trained, before, evaluate(trained.model, heldout, config))
+    report(console, flags, readings, trained, before, evaluate(trained.model, heldout, config))
 
 
-def read_data(flags: DataFlags, encoder: Encoder, seed: int, console: Console) -> tuple[list[Example], list[Example]]:
-    """Examples to train on, and those held out."""
-
-    def read(path: str) -> list[Example]:
-        return read_examples(
+def read_data(flags: DataFlags, encoder: Encoder, console: Console) -> dict[str, Reading[Example]]:
+    """The examples of each file."""
+    paths = {"train": flags.train, "heldout": flags.heldout}
+    return {
+        name: read_examples(
             path,
             encoder,
             form=flags.form,
@@ -137,10 +140,16 @@ def read_data(flags: DataFlags, encoder: Encoder, seed: int, console: Console) -
             strict=flags.strict,
             tell=lambda line: console.print(line, style="yellow", markup=False),
         )
+        for name, path in paths.items()
+        if path is not None
+    }
 
-    if flags.heldout is not None:
-        return read(flags.train), read(flags.heldout)
-    return split(read(flags.train), flags.heldout_frac, seed)
+
+def sides(flags: DataFlags, readings: Mapping[str, Reading[Example]], seed: int) -> tuple[list[Example], list[Example]]:
+    """Examples to train on, and those held out."""
+    if "heldout" in readings:
+        return readings["train"].rows, readings["heldout"].rows
+    return split(readings["train"].rows, flags.heldout_frac, seed)
 
 
 def first_row(flags: Flags) -> int:
@@ -158,13 +167,24 @@ def evaluate(model: Any, heldout: list[Example], config: SFTConfig) -> float | N
         heldout,
         collator(model, config.packing),
         batch_examples=config.forward_examples,
-        autocast=autocast(model.device, config.bf16),
+        autocast=autocast(model.device, config),
     )
 
 
-def report(console: Console, flags: Flags, trained: Trained, before: float | None, after: float | None) -> None:
+def report(
+    console: Console,
+    flags: Flags,
+    readings: Mapping[str, Reading[Example]],
+    trained: Trained,
+    before: float | None,
+    after: float | None,
+) -> None:
     """A table, and the same as a file."""
     summary = {
+        "files": {
+            name: reading.counts | {"cut": sum(example.cut for example in reading.rows)}
+            for name, reading in readings.items()
+        },
         "steps": trained.steps,
         "train_loss": trained.train_loss,
         "tokens_per_s": trained.tokens_per_s,

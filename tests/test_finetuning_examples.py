@@ -82,7 +82,7 @@ TEXT = st.text(alphabet="ab eHT,.\n'é", max_size=12)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(prompt=TEXT, response=TEXT)
+@given(prompt=TEXT, response=TEXT.filter(str.strip))
 def test_the_prompt_has_the_ids_that_it_has_in_the_environment(prompt: str, response: str) -> None:
     tokenizer = load_tokenizer(textenv.embedded.STORYTELLER, argument="model")
     example = Encoder(tokenizer).pair(prompt, response)
@@ -149,6 +149,7 @@ def test_a_prompt_is_a_chat_if_it_is_messages_or_asked_for(tiny_tokenizer: Any) 
         (None, CHAT, "expected a tokenizer with a chat template"),
         (TURNS, CHAT[:1], "expected at least one message of the assistant"),
         (TURNS, "w3", "expected messages with 'role' and 'content', got 'w3'"),
+        (TURNS, [*CHAT, 3], "expected messages with 'role' and 'content'"),
         (TURNS, [{"role": "assistant"}], "expected messages with 'role' and 'content'"),
         # The first answer is shown only while it is the last message, as templates do that drop old thoughts.
         (
@@ -173,10 +174,23 @@ def test_a_long_example_loses_its_end_and_no_end_is_learnt(tiny_tokenizer: Any) 
     assert not encoder.pair("w3 w4", " w5").cut
     with pytest.raises(ValueError, match="expected a token to learn, got none in the first 4 of 6"):
         encoder.pair("w3 w4 w5 w6", "w7")
-    with pytest.raises(ValueError, match="expected a token to learn, got none in the first 1 of 1"):
-        encoder.text("")
     with pytest.raises(ValueError, match="max_tokens: expected an integer >= 2, got 1"):
         Encoder(tiny_tokenizer, max_tokens=1)
+
+
+@pytest.mark.parametrize("blank", ["", " \n"])
+def test_a_blank_response_is_refused(tiny_tokenizer: Any, blank: str) -> None:
+    encoder = Encoder(with_template(tiny_tokenizer, TURNS + OPEN))
+    with pytest.raises(ValueError, match="expected text that is not blank, got"):
+        encoder.text(blank)
+    for prompt in ("w3", CHAT[:1]):
+        with pytest.raises(ValueError, match="expected a response that is not blank, got"):
+            encoder.pair(prompt, blank)
+    silent = {"role": "assistant", "content": blank}
+    for chat in ([*CHAT, silent], [CHAT[0], silent, *CHAT]):
+        with pytest.raises(ValueError, match="expected an answer that is not blank, got"):
+            encoder.chat(chat)
+    encoder.chat([*CHAT, silent | {"tool_calls": [{"name": "look"}]}])  # which a template renders
 
 
 def test_a_tokenizer_without_an_end_is_refused(tiny_tokenizer: Any) -> None:
@@ -208,32 +222,36 @@ def test_the_form_is_that_of_the_first_row(tmp_path: Path, tiny_tokenizer: Any, 
     encoder = Encoder(with_template(tiny_tokenizer, TURNS + OPEN))
     # "w3w4" is one unknown word: pairs are joined as they stand.
     row = {key: f" {value}" if key == "response" else value for key, value in row.items()}
-    assert [e.input_ids for e in read_examples(write(tmp_path, [row]), encoder, strict=True)] == [expected]
+    assert [e.input_ids for e in read_examples(write(tmp_path, [row]), encoder, strict=True).rows] == [expected]
 
 
 def test_form_and_columns_may_be_chosen(tmp_path: Path, tiny_tokenizer: Any) -> None:
     encoder, path = Encoder(tiny_tokenizer), tmp_path / "a.csv"
     path.write_text("question,answer,text\nw3, w4,w9\n")
     columns = Columns(prompt="question", response="answer")
-    assert [e.input_ids for e in read_examples(path, encoder, columns=columns)] == [[3, 4, 1]]
-    assert [e.input_ids for e in read_examples(path, encoder, columns=columns, form="text")] == [[9, 1]]
-    with pytest.raises(ValueError, match=r"columns: expected \[\['messages'\], .* in .*a.csv, got \['question'"):
+    assert [e.input_ids for e in read_examples(path, encoder, columns=columns).rows] == [[3, 4, 1]]
+    assert [e.input_ids for e in read_examples(path, encoder, columns=columns, form="text").rows] == [[9, 1]]
+    with pytest.raises(ValueError, match=r"columns: expected one of \[\['messages'\], .* in .*a.csv, got \['question'"):
         read_examples(path, encoder, columns=Columns(text="story"))
+    with pytest.raises(ValueError, match=r"columns: expected \['story'\] in .*a.csv, got \['question'"):
+        read_examples(path, encoder, columns=Columns(text="story"), form="text")
 
 
 def test_each_line_of_a_text_file_is_a_text(tmp_path: Path, tiny_tokenizer: Any) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(b"w3 w4\r\n\n  \nw5\n")
-    assert [e.input_ids for e in read_examples(path, Encoder(tiny_tokenizer))] == [[3, 4, 1], [5, 1]]
+    assert [e.input_ids for e in read_examples(path, Encoder(tiny_tokenizer)).rows] == [[3, 4, 1], [5, 1]]
 
 
 def test_bad_rows_are_told_by_line_and_skipped_or_an_error(tmp_path: Path, tiny_tokenizer: Any) -> None:
     good, long = {"prompt": "w3", "response": " w4"}, {"prompt": "w3", "response": " w4 w5 w6"}
     path = write(tmp_path, [good, "{oops", {"prompt": "w3"}, {"prompt": 3, "response": "w4"}, long, [1]])
     told: list[str] = []
-    examples = read_examples(path, Encoder(tiny_tokenizer, max_tokens=3), tell=told.append)
-    assert [e.input_ids for e in examples] == [[3, 4, 1], [3, 4, 5]]
+    reading = read_examples(path, Encoder(tiny_tokenizer, max_tokens=3), tell=told.append)
+    assert [e.input_ids for e in reading.rows] == [[3, 4, 1], [3, 4, 5]]
+    assert (reading.counts["read"], reading.counts["kept"], reading.counts["skipped"]) == (6, 2, 4)
     assert told[0].startswith(f"{path}: skipped 4 of 6 rows; the first: {path}:2: expected JSON, got '{{oops'")
+    assert told[0].endswith(f"; {path}:4: expected a prompt that is a string, got 3; and 1 more")
     assert told[1:] == [f"{path}: cut 1 of 2 examples to 3 tokens"]
     with pytest.warns(UserWarning, match="skipped 4 of 6 rows"), pytest.warns(UserWarning, match="cut 1 of 2"):
         read_examples(path, Encoder(tiny_tokenizer, max_tokens=3))

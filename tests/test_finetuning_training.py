@@ -18,7 +18,7 @@ import textenv
 from agents import ValueHeadLM
 from scripts.finetuning.batches import flattened, heldout_loss, isolates, padded
 from scripts.finetuning.examples import Example
-from scripts.finetuning.training import SFTConfig, collator, finetune, split
+from scripts.finetuning.training import SFTConfig, autocast, collator, finetune, split
 from tests.agent_fixtures import identical, weights
 from tests.conftest import make_gpt2, make_llama
 
@@ -88,6 +88,43 @@ def test_the_heldout_loss_is_the_mean_over_tokens(tiny_lm: Any, collate: Any, si
     means = sum(sum(row) / len(row) for row in expected) / len(expected)
     assert abs(loss - means) > 1e-3  # or the mean over rows would do, too
     assert tiny_lm.training
+
+
+@pytest.mark.parametrize("collate", [padded, flattened])
+def test_the_heldout_loss_takes_logits_of_learnt_tokens_alone(tiny_lm: Any, collate: Any) -> None:
+    rows: list[int] = []
+    tiny_lm.get_output_embeddings().register_forward_hook(lambda head, inputs, logits: rows.append(len(logits)))
+    heldout_loss(tiny_lm, EXAMPLES, collate, batch_examples=4, autocast=nullcontext)
+    assert max(rows) == sum(COUNTS) < sum(len(ids) - 1 for ids, _ in ROWS)
+
+
+@pytest.mark.parametrize("collate", [padded, flattened])
+def test_the_heldout_loss_is_that_of_the_whole_forward_in_half_precision(tiny_lm: Any, collate: Any) -> None:
+    def half() -> torch.autocast:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    ordered = sorted(EXAMPLES, key=lambda example: len(example.input_ids))  # as they are batched
+    batch = collate([example.features for example in ordered])
+    labels = batch.pop("labels")[:, 1:].flatten()
+    with torch.no_grad(), half():
+        logits = tiny_lm(**batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+    assert logits.dtype == torch.bfloat16
+    expected = torch.nn.functional.cross_entropy(logits.float(), labels)
+    loss = heldout_loss(tiny_lm, EXAMPLES, collate, batch_examples=4, autocast=half)
+    assert loss == pytest.approx(float(expected), abs=2e-3)
+    exact = heldout_loss(tiny_lm, EXAMPLES, collate, batch_examples=4, autocast=nullcontext)
+    assert loss != exact == pytest.approx(loss, abs=0.02)
+
+
+def test_an_evaluation_in_training_is_in_the_same_precision(tmp_path: Path) -> None:
+    model, kept = make_llama(), Kept()
+    finetune(model, EXAMPLES, EXAMPLES, settings(epochs=1, bf16=True), tmp_path, kept)
+    (found,) = [row["eval_loss"] for row in kept.rows if "eval_loss" in row]
+    half, whole = (
+        heldout_loss(model, EXAMPLES, flattened, batch_examples=4, autocast=autocast(model.device, settings(bf16=bf16)))
+        for bf16 in (True, False)
+    )
+    assert found == half != whole
 
 
 def test_packed_gradients_are_those_of_each_example_alone(tiny_lm: Any) -> None:
@@ -212,9 +249,9 @@ def test_a_held_out_prompt_is_not_trained_on() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"epochs": 0}, "epochs: expected a finite number > 0, got 0"),
-        ({"learning_rate": math.nan}, "learning_rate: expected a finite number > 0, got nan"),
-        ({"lora_rank": -1}, "lora_rank: expected a number >= 0, got -1"),
+        ({"epochs": 0}, "epochs: expected a number > 0, got 0"),
+        ({"learning_rate": math.nan}, "learning_rate: expected a number > 0, got nan"),
+        ({"lora_rank": -1}, "lora_rank: expected an integer >= 0, got -1"),
         ({"warmup_frac": 1.0}, r"warmup_frac: expected a share in \[0, 1\), got 1.0"),
         ({"microbatch_examples": 3}, "microbatch_examples: expected a divisor of batch_examples, 4, got 3"),
     ],
@@ -248,6 +285,11 @@ def test_the_script_teaches_a_response_and_its_end_and_goes_on(
     assert "skipped 1 of 9 rows" in shown.replace("\n", " ") and "held-out perplexity" in shown
     summary = json.loads((out / "summary.json").read_text())
     assert summary["heldout_loss_after"] < 0.1 < 2 < summary["heldout_loss_before"]
+    assert {name: (one["read"], one["kept"], one["skipped"], one["cut"]) for name, one in summary["files"].items()} == {
+        "train": (9, 8, 1, 0),
+        "heldout": (9, 8, 1, 0),
+    }
+    assert summary["files"]["train"]["problems"] == [f"{data}:9: expected a value for 'response', got none"]
     steps = [json.loads(line)["iteration"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert steps[0] == 1 and steps[-1] == summary["steps"] == 40 and steps == sorted(steps)
 
@@ -289,7 +331,7 @@ def test_the_script_needs_no_more_than_a_few_lines_of_text(tmp_path: Path) -> No
 
 
 def test_a_checkpoint_that_a_killed_run_left_unfinished_is_passed_over(tmp_path: Path) -> None:
-    from scripts.finetuning.training import last_checkpoint
+    from scripts.trainer_config import last_checkpoint
 
     assert last_checkpoint(tmp_path / "none") is None
     for number in (5, 10):

@@ -6,6 +6,7 @@ import doctest
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from scripts.reward_modelling.examples import Example, Text, as_label, compariso
 from scripts.reward_modelling.figures import (
     Decisions,
     accuracy,
+    accuracy_figures,
     by_gap,
     calibration,
     choice_figures,
@@ -106,16 +108,16 @@ def test_drawn_comparisons_are_far_enough_apart_and_the_right_way_round() -> Non
 
 def test_a_gap_of_exactly_the_least_is_none() -> None:
     ratings = [Example((text("a"),), 2.0), Example((text("b"),), 1.0)]
-    with pytest.raises(ValueError, match=r"min_gap: expected ratings more than 1\.0 apart, got none among 2"):
+    with pytest.raises(ValueError, match=r"more than 1\.0 apart, got none among 2 from 1 to 2; set it below .*, 0\.5"):
         draw_comparisons(ratings, min_gap=1.0, rounds=3, seed=0)
     assert len(draw_comparisons(ratings, min_gap=0.99, rounds=3, seed=0)) == 1
 
 
-@pytest.mark.parametrize("value", [2, "maybe", 0.5, None, "", [1]])
+@pytest.mark.parametrize("value", [2, "maybe", 0.5, "0.5", "nan", None, "", [1]])
 def test_a_label_is_good_or_bad(value: Any) -> None:
-    assert [as_label(v) for v in (1, 1.0, "1", True, "TRUE", " yes ")] == [1.0] * 6
-    assert [as_label(v) for v in (0, 0.0, "0", False, "False", "bad")] == [0.0] * 6
-    with pytest.raises(ValueError, match="label: expected one of 1, true, good"):
+    assert [as_label(v) for v in (1, 1.0, "1", "1.0", np.int64(1), True, "TRUE", " yes ")] == [1.0] * 8
+    assert [as_label(v) for v in (0, 0.0, "0", "0.00", False, "False", "bad")] == [0.0] * 7
+    with pytest.raises(ValueError, match="expected 1, 0, true, good, yes, false, bad, no for 'label', got"):
         as_label(value)
 
 
@@ -131,24 +133,42 @@ def test_columns_are_found_by_their_names_and_bad_rows_told() -> None:
         {"question": "q", "best": "a", "worst": None, "by": None, "who": "you"},
     ]
     columns = Columns(prompt="question", chosen="best", rejected="worst", margin="by")
-    found = read(rows, "pairs", columns, None, split_by="who", tell=told.append)
-    assert found == [
+    reading = read(rows, "pairs", columns, None, split_by="who")
+    assert reading.told(told.append) == [
         {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 0.5, "who": "me"},
         {"prompt": None, "chosen": "a", "rejected": "b", "margin": None, "who": "you"},
     ]
-    assert len(told) == 2 and "skipped 1 of 4 rows" in told[0]
-    assert told[1] == "skipped 1 of 3 rows; the first: row 2: chosen: expected text or messages, got ['a']"
-    with pytest.raises(ValueError, match="row 2: chosen: expected text or messages"):
-        read(rows[:3], "pairs", columns, None, strict=True, tell=told.append)
-    with pytest.raises(ValueError, match="data: expected rows of texts, got none of 1; the first: row 0: chosen"):
-        read(rows[2:3], "pairs", columns, None, tell=told.append)
+    assert reading.problems == (
+        "row 2: expected text or one message, the answer to the prompt, for 'best', got ['a']",
+        "row 3: expected a value for 'worst', got none",
+    )
+    assert len(told) == 1 and told[0].endswith(f"skipped 2 of 4 rows; the first: {'; '.join(reading.problems)}")
+    with pytest.raises(ValueError, match="expected good rows, got 1 bad ones of 3; the first: row 2: expected text or"):
+        read(rows[:3], "pairs", columns, None, strict=True)
+    with pytest.raises(ValueError, match="expected rows, got none of 1; the first: row 0: expected text or one"):
+        read(rows[2:3], "pairs", columns, None)
+
+
+def test_a_bad_row_of_any_kind_is_told_by_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"response": "a", "label": "1.0"}\n\n{"response": ["b"], "label": 0}\n{"response": "c", "label": 2}'
+    )
+    for reading in (read(path, "labels", Columns(), None), read_texts(path, Columns(), None)):
+        assert reading.problems[0] == (
+            f"{path}:3: expected text or one message, the answer to the prompt, for 'response', got ['b']"
+        )
+    assert read_texts(path, Columns(), None).rows == [Text("", "a"), Text("", "c")]
+    labels = read(path, "labels", Columns(), None)
+    assert labels.rows == [{"response": "a", "label": 1.0, "prompt": None}]
+    assert labels.problems[1].startswith(f"{path}:4: expected 1, 0, true, good, yes, false, bad, no for 'label', got 2")
 
 
 def test_ratings_and_labels_are_numbers() -> None:
     rows = [{"response": "a", "rating": "2.5", "label": "good"}, {"response": "b", "rating": 1, "label": False}]
-    found = read(rows, "ratings", Columns(), None, tell=print)
+    found = read(rows, "ratings", Columns(), None).rows
     assert [row["rating"] for row in found] == [2.5, 1.0] and found[0].keys() == {"prompt", "response", "rating"}
-    assert [row["label"] for row in read(rows, "labels", Columns(), None, tell=print)] == [1.0, 0.0]
+    assert [row["label"] for row in read(rows, "labels", Columns(), None).rows] == [1.0, 0.0]
     assert judged(found, "rating")[0] == Example((Text("", "a"),), 2.5)
 
 
@@ -163,22 +183,26 @@ def test_messages_read_as_a_reward_function_reads_them(tiny_tokenizer: Any) -> N
     )
     messages = [{"role": "user", "content": "w7 w8"}]
     rows = [{"prompt": messages, "chosen": [{"role": "assistant", "content": "w9"}], "rejected": "w10"}]
-    (found,) = read(rows, "pairs", Columns(), tokenizer, strict=True, tell=print)
+    (found,) = read(rows, "pairs", Columns(), tokenizer, strict=True).rows
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     seen = TextDecoder(tokenizer, frozenset())([ids], [[9]])[0]
     assert found["prompt"] == seen[0] == "w3 w7 w8 w4"
     assert found["chosen"] == "w9"
-    with pytest.raises(ValueError, match="prompt: expected text, because the tokenizer has no chat template"):
-        read(rows, "pairs", Columns(), tiny_tokenizer, strict=True, tell=print)
+    said = [{"prompt": "w7 w8", "chosen": "w9", "rejected": "w10"}, {"prompt": "", "chosen": "w9", "rejected": "w10"}]
+    found, bare = read(said, "pairs", Columns(), tokenizer, chat_template=True).rows
+    assert (found["prompt"], bare["prompt"]) == (seen[0], "")
+    assert [row["prompt"] for row in read(said, "pairs", Columns(), tokenizer).rows] == ["w7 w8", ""]
+    with pytest.raises(ValueError, match="row 0: expected a tokenizer with a chat template for messages"):
+        read(rows, "pairs", Columns(), tiny_tokenizer, strict=True)
     rows[0]["chosen"] = messages * 2
-    with pytest.raises(ValueError, match="chosen: expected one message, the answer to the prompt, got 2"):
-        read(rows, "pairs", Columns(), tokenizer, strict=True, tell=print)
+    with pytest.raises(ValueError, match="expected text or one message, the answer to the prompt, for 'chosen', got"):
+        read(rows, "pairs", Columns(), tokenizer, strict=True)
 
 
 def test_reference_texts_need_no_prompt() -> None:
     rows = [{"q": "p", "a": "r"}, {"a": "s"}]
     columns = Columns(prompt="q", response="a")
-    assert read_texts(rows, columns, None, strict=True, tell=print) == [Text("p", "r"), Text("", "s")]
+    assert read_texts(rows, columns, None, strict=True).rows == [Text("p", "r"), Text("", "s")]
 
 
 # ------------------------------------------------------------------------------------------------------------ losses
@@ -235,8 +259,9 @@ def test_an_objective_starts_at_the_level_of_the_data() -> None:
 
 def test_the_standard_error_of_choices_that_share_texts() -> None:
     """Against the double sum over pairs of choices."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(2)
     pairs = np.array([p for p in itertools.combinations(range(7), 2) if rng.random() < 0.7])
+    pairs = np.concatenate([pairs, pairs[:5, ::-1]])  # some were compared twice
     correct = (rng.random(len(pairs)) < 0.6).astype(float)
     errors = correct - correct.mean()
     total = sum(
@@ -249,6 +274,21 @@ def test_the_standard_error_of_choices_that_share_texts() -> None:
     p = correct.mean()
     assert alone.standard_error == pytest.approx(math.sqrt(p * (1 - p) / len(pairs)), rel=1e-12)
     assert accuracy(correct, np.arange(len(pairs))[:, None]) == pytest.approx(alone, rel=1e-12)
+
+
+def test_an_accuracy_is_never_certain() -> None:
+    """Wilson's interval by hand: at its end n/(n + 3.8415), n being the independent choices that these are worth."""
+    right = accuracy_figures(decisions([1.0] * 10))
+    assert (right["value"], right["standard_error"], right["high"]) == (1.0, 0.0, 1.0)
+    assert right["low"] == pytest.approx(10 / 13.8415, abs=1e-4)
+    pairs = np.array(list(itertools.combinations(range(5), 2)))  # ten choices, but two and a half pairs of texts
+    shared = accuracy_figures(Decisions(np.ones(10), pairs, np.ones(10)))
+    assert shared["low"] == pytest.approx(2.5 / 6.3415, abs=1e-4)
+    mixed = accuracy_figures(decisions([1.0] * 8 + [-1.0] * 2))
+    assert (mixed["low"], mixed["high"]) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    double = np.repeat(np.arange(20).reshape(10, 2), 2, axis=0)  # each choice twice: still worth ten
+    twice = accuracy_figures(Decisions(np.repeat([1.0] * 8 + [-1.0] * 2, 2), double, np.ones(20)))
+    assert (twice["low"], twice["high"]) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
 def decisions(logits: list[float], gaps: list[float] | None = None) -> Decisions:

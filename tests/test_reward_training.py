@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from scripts.reward_modelling.losses import Objective, comparison_loss, label_lo
 from scripts.reward_modelling.making import Recipe, make
 from scripts.reward_modelling.network import encode, load_base, scores_of, standardise
 from scripts.reward_modelling.report import mean_error, picture
-from scripts.reward_modelling.training import FitSettings, RewardTrainer, collate, fit
+from scripts.reward_modelling.training import FIT, RewardTrainer, collate, fit
+from scripts.trainer_config import TrainerConfig, training_arguments
 from tests.conftest import MAKERS, V
 from textenv.rewards import ClassifierReward
 from textenv.rewards.batching import padded
 
 WORDS = [f"w{n}" for n in range(3, V)]
-QUICK = FitSettings(epochs=3, batch=8, learning_rate=5e-3)
+QUICK = replace(FIT, epochs=3, batch_examples=8, learning_rate=5e-3)
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -152,35 +154,88 @@ def _arguments(folder: Path) -> Any:
     return TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none", disable_tqdm=True)
 
 
-def weights_after(base: Path, folder: Path, settings: FitSettings, seed: int = 0) -> torch.Tensor:
+def weights_after(base: Path, folder: Path, config: TrainerConfig, seed: int = 0) -> torch.Tensor:
+    return trained(base, folder, config, seed)[0]
+
+
+def trained(
+    base: Path, folder: Path, config: TrainerConfig, seed: int = 0, count: int = 16
+) -> tuple[torch.Tensor, list[float]]:
+    """Weights and losses."""
     scorer, tokenizer = load_base(base, seed=0)
     texts = random_texts(32)
-    examples = [Example((texts[2 * n], texts[2 * n + 1])) for n in range(16)]
+    examples = [Example((texts[2 * n], texts[2 * n + 1])) for n in range(count)]
     objective = objective_of("pairs", examples)
     ids = encode(tokenizer, texts, None)
     told: list[str] = []
     figures = fit(
-        scorer, objective, examples, ids, settings, seed=seed, device="cpu", folder=folder, tell=told.append
+        scorer, objective, examples, ids, config, seed=seed, folder=folder, tell=told.append
     )  # fmt: skip
-    assert figures["steps"] == settings.epochs * 16 // settings.batch
+    assert figures["steps"] == config.epochs * -(-count // config.batch_examples)
     assert len(figures["losses"]) == len(told) > 0
-    return torch.cat([p.detach().flatten() for p in scorer.parameters()])
+    return torch.cat([p.detach().flatten() for p in scorer.parameters()]), [loss for _, loss in figures["losses"]]
 
 
 def test_a_seed_is_a_training_and_accumulation_changes_nothing(tiny_lm_folder: Path, tmp_path: Path) -> None:
-    settings = FitSettings(epochs=1, batch=8, learning_rate=1e-3, weight_decay=0.0)
-    whole = weights_after(tiny_lm_folder, tmp_path, settings)
-    assert torch.equal(weights_after(tiny_lm_folder, tmp_path, settings), whole)
-    assert not torch.equal(weights_after(tiny_lm_folder, tmp_path, settings, seed=1), whole)
-    parts = weights_after(tiny_lm_folder, tmp_path, FitSettings(**(vars(settings) | {"accumulate": 4})))
-    # Adam's first steps go by the gradient's sign, so that rounding shows where a gradient is nearly zero.
-    assert float((parts - whole).abs().mean()) < 1e-6
+    config = replace(FIT, epochs=1, batch_examples=8, learning_rate=1e-3, weight_decay=0.0)
+    whole = weights_after(tiny_lm_folder, tmp_path, config)
+    assert torch.equal(weights_after(tiny_lm_folder, tmp_path, config), whole)
+    assert not torch.equal(weights_after(tiny_lm_folder, tmp_path, config, seed=1), whole)
+    for count in (16, 11):  # of 11, the second step has three: a microbatch of two and one of one
+        whole, losses = trained(tiny_lm_folder, tmp_path, config, count=count)
+        parts, same = trained(tiny_lm_folder, tmp_path, replace(config, microbatch_examples=2), count=count)
+        assert same == pytest.approx(losses, abs=1e-4)
+        # Adam's first steps go by the gradient's sign, so that rounding shows where a gradient is nearly zero.
+        assert float((parts - whole).abs().mean()) < 1e-6
+
+
+def test_resuming_equals_an_uninterrupted_run_bit_for_bit(tiny_lm_folder: Path, tmp_path: Path) -> None:
+    texts = random_texts(32)
+    examples = [Example((texts[2 * n], texts[2 * n + 1])) for n in range(16)]
+    config = replace(FIT, epochs=3, batch_examples=4, learning_rate=1e-3, save_every=3)
+
+    def run(folder: Path, tell: Any, resume: bool = False) -> tuple[torch.Tensor, dict[str, Any]]:
+        scorer, tokenizer = load_base(tiny_lm_folder, seed=0)
+        ids = encode(tokenizer, texts, None)
+        objective = objective_of("pairs", examples)
+        figures = fit(scorer, objective, examples, ids, config, seed=0, folder=folder, tell=tell, resume=resume)
+        return torch.cat([p.detach().flatten() for p in scorer.parameters()]), figures
+
+    def stop(line: str) -> None:
+        if line.startswith("step 8 "):  # in the second epoch, after a checkpoint
+            raise KeyboardInterrupt
+
+    whole, figures = run(tmp_path / "whole", str)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "part", stop)
+    assert [path.name for path in (tmp_path / "part").iterdir()] == ["checkpoint-6"]
+    told: list[str] = []
+    resumed, again = run(tmp_path / "part", told.append, resume=True)
+    assert told[0].startswith("step 7 of 12") and again["steps"] == 12
+    assert torch.equal(resumed, whole) and again["losses"] == figures["losses"]
+    assert torch.equal(run(tmp_path / "none", str, resume=True)[0], whole)  # without a checkpoint: from the start
+
+
+def test_one_process_trains_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import TrainingArguments
+
+    class Four(TrainingArguments):
+        """As on a machine of four GPUs, of whose number the Trainer wraps a model into DataParallel."""
+
+        @property
+        def _setup_devices(self) -> torch.device:
+            self._n_gpu = 4
+            return torch.device("cpu")
+
+    monkeypatch.setattr("scripts.trainer_config.TrainingArguments", Four)
+    assert Four(output_dir=str(tmp_path)).n_gpu == 4
+    assert training_arguments(FIT, tmp_path, torch.device("cpu"), seed=0, log_every=1, own={}).n_gpu == 1
 
 
 def test_half_precision_is_of_the_products_alone(tiny_lm_folder: Path, tmp_path: Path) -> None:
-    settings = FitSettings(epochs=1, batch=8, learning_rate=1e-3)
-    whole = weights_after(tiny_lm_folder, tmp_path, settings)
-    half = weights_after(tiny_lm_folder, tmp_path, FitSettings(**(vars(settings) | {"precision": "bfloat16"})))
+    config = replace(FIT, epochs=1, batch_examples=8, learning_rate=1e-3)
+    whole = weights_after(tiny_lm_folder, tmp_path, config)
+    half = weights_after(tiny_lm_folder, tmp_path, replace(config, bf16=True))
     assert half.dtype == torch.float32
     # Two steps of Adam of at most 1e-3 each; most weights go the same way.
     assert 0 < float((half - whole).abs().mean()) < 5e-4
@@ -211,12 +266,10 @@ def rows_of(task: str, count: int = 120) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", ["lm", "words"])
 @pytest.mark.parametrize("task", ["pairs", "ranked", "ratings", "labels"])
 def test_every_task_is_learnt_by_either_kind(task: Any, kind: Any, tiny_lm_folder: Path, tmp_path: Path) -> None:
-    recipe = Recipe(
-        task=task, kind=kind, fit=FitSettings(epochs=4, batch=8, learning_rate=5e-3), rounds=3, min_gap=15.0
-    )
+    recipe = Recipe(task=task, kind=kind, fit=replace(QUICK, epochs=4), rounds=3, min_gap=15.0)
     training, heldout = split(rows_of(task), 0.25, 0)
     told: list[str] = []
-    report = make(training, heldout, recipe, tmp_path / "model", base=tiny_lm_folder, tell=told.append)
+    report = make(training, heldout, recipe, tmp_path, base=tiny_lm_folder, tell=told.append)
     assert report["heldout"]["accuracy"]["value"] > 0.85
     assert report["data"]["heldout"]["rows"] == len(heldout)
     if task == "ratings":  # raw outputs are ratings, from 20 to 80
@@ -243,27 +296,42 @@ def test_texts_that_do_not_fit_are_dropped_and_told(tiny_lm_folder: Path, tmp_pa
     training, heldout = split(rows_of("pairs", 40), 0.25, 0)
     training[0] = training[0] | {"chosen": " w5" * 200}
     told: list[str] = []
-    recipe = Recipe(fit=FitSettings(epochs=1))
+    recipe = Recipe(fit=replace(FIT, epochs=1))
     report = make(training, heldout, recipe, tmp_path, base=tiny_lm_folder, tell=told.append)
     assert f"training: dropped 1 of {len(training)} examples, longer than 128 tokens" in told
     assert report["data"]["training"] == {"rows": len(training), "ties": 0, "examples": len(training) - 1}
-    with pytest.raises(ValueError, match="data: expected examples of 1 to 128 tokens, got none of 1"):
+    with pytest.raises(ValueError, match="training: expected at least one example, got none of 1 rows"):
         make(training[:1], heldout, recipe, tmp_path, base=tiny_lm_folder, tell=str)
     ties = [row | {"rejected": row["chosen"]} for row in heldout]
     with pytest.raises(ValueError, match=f"heldout: expected at least one example, got none of {len(ties)} rows"):
         make(training, ties, recipe, tmp_path, base=tiny_lm_folder, tell=str)
 
 
+@pytest.mark.parametrize("kind", ["lm", "words"])
+def test_ratings_that_cannot_be_compared_are_refused_before_training(
+    kind: Any, tiny_lm_folder: Path, tmp_path: Path
+) -> None:
+    rows = [row | {"rating": (row["rating"] - 20) / 60} for row in rows_of("ratings", 40)]
+    training, heldout = split(rows, 0.25, 0)
+    spread = np.std([row["rating"] for row in heldout])
+    told: list[str] = []
+    message = f"min_gap: expected ratings more than 1.0 apart, got none among 10 from 0 to 1; set it .* {spread:.2g}"
+    with pytest.raises(ValueError, match=message):
+        make(training, heldout, Recipe(task="ratings", kind=kind), tmp_path, base=tiny_lm_folder, tell=told.append)
+    assert not told and not list(tmp_path.iterdir())
+    recipe = Recipe(task="ratings", kind=kind, fit=QUICK, min_gap=float(f"{spread:.2g}"))
+    assert make(training, heldout, recipe, tmp_path, base=tiny_lm_folder, tell=str)["heldout"]["accuracy"]["count"] > 0
+
+
 def test_scores_are_normalised_on_the_reference(tiny_lm_folder: Path, tmp_path: Path) -> None:
     training, heldout = split(rows_of("pairs", 40), 0.25, 0)
     reference = random_texts(40, seed=5)
     for kind in ("lm", "words"):
-        recipe = Recipe(kind=kind, fit=FitSettings(epochs=1))
+        recipe = Recipe(kind=kind, fit=replace(FIT, epochs=1))
         texts = reference if kind == "lm" else [Text("", f"{'w5 ' * n} w6") for n in range(9)]
         make(training, heldout, recipe, tmp_path / kind, base=tiny_lm_folder, reference=texts, tell=str)
-        loaded = (
-            ClassifierReward(tmp_path / kind) if kind == "lm" else textenv.rewards.WordsReward.load(tmp_path / kind)
-        )
+        folder = tmp_path / kind / "model"
+        loaded = ClassifierReward(folder) if kind == "lm" else textenv.rewards.WordsReward.load(folder)
         scores = np.array([float(score) for score in loaded([t.prompt for t in texts], [t.response for t in texts])])
         assert [scores.mean(), scores.std()] == pytest.approx([0.0, 1.0], abs=1e-5)
 
@@ -278,13 +346,15 @@ def test_scores_without_a_spread_are_refused(tiny_lm_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "changes", "name"),
     [
-        (FitSettings, {"epochs": 0}, "epochs"),
-        (FitSettings, {"batch": 0}, "batch"),
-        (FitSettings, {"batch": 8, "accumulate": 3}, "accumulate"),
-        (FitSettings, {"learning_rate": 0.0}, "learning_rate"),
-        (FitSettings, {"max_grad_norm": math.nan}, "max_grad_norm"),
-        (FitSettings, {"warmup": 1.0}, "warmup"),
-        (FitSettings, {"weight_decay": -1.0}, "weight_decay"),
+        (TrainerConfig, {"epochs": 0}, "epochs"),
+        (TrainerConfig, {"batch_examples": 0}, "batch_examples"),
+        (TrainerConfig, {"batch_examples": 8, "microbatch_examples": 3}, "microbatch_examples"),
+        (TrainerConfig, {"learning_rate": 0.0}, "learning_rate"),
+        (TrainerConfig, {"max_grad_norm": math.nan}, "max_grad_norm"),
+        (TrainerConfig, {"warmup_frac": 1.0}, "warmup_frac"),
+        (TrainerConfig, {"weight_decay": -1.0}, "weight_decay"),
+        (TrainerConfig, {"weight_decay": math.nan}, "weight_decay"),
+        (TrainerConfig, {"save_every": -1}, "save_every"),
         (Recipe, {"rounds": 0}, "rounds"),
         (Recipe, {"heldout_rounds": 0}, "heldout_rounds"),
         (Recipe, {"min_gap": -1.0}, "min_gap"),
@@ -313,6 +383,10 @@ def test_the_script_writes_a_model_and_its_report(
     assert "skipped 1 of 62 rows" in shown and "1 ties dropped" in shown and "held-out accuracy" in shown
     report = json.loads((out / "report.json").read_text())
     assert sum(report["data"][side]["rows"] for side in ("training", "heldout")) == 61
+    counts = report["files"]["data"]
+    assert (counts["read"], counts["kept"], counts["skipped"]) == (62, 61, 1) and ":62: expected" in counts["problems"][
+        0
+    ]
     assert (out / "calibration.png").read_bytes().startswith(b"\x89PNG")
     assert len(ClassifierReward(out / "model")(["w9"], [" w5"])) == 1
     strict = tyro.cli(train_reward.Flags, args=[str(word) for word in [*words, "--strict"]])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from textenv.tables import read_rows
+from textenv.prompts import read_prompts
+from textenv.table_files import read_records
+from textenv.tables import Names, parse_rows, read_rows
 
 ROWS = [
     {"prompt": "ax", "chosen": "by"},
@@ -59,8 +63,46 @@ def test_mappings_and_datasets_give_them_too() -> None:
     assert read_rows(data, NAMES) == ROWS
     with pytest.raises(ValueError, match=r"columns: expected \['rejected'\] in the dataset, got \['prompt', 'chosen'"):
         read_rows(data, ["prompt", "rejected"])
-    with pytest.raises(ValueError, match=r"source: expected .* one dataset, or a list"):
+    with pytest.raises(ValueError, match=r"source: expected .* one dataset or its folder, or a list"):
         read_rows(datasets.DatasetDict(train=data), NAMES)
+
+
+def test_a_folder_of_a_saved_dataset_gives_them_as_they_are_asked_for(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([*ROWS, {"prompt": None, "chosen": "x"}])
+    data.save_to_disk(tmp_path / "one", num_shards=2)
+    reading = parse_rows(tmp_path / "one", Names(NAMES), dict)
+    assert reading.rows == ROWS == read_rows(str(tmp_path / "one"), NAMES, tell=str)
+    assert reading.problems == (f"{tmp_path / 'one'} row 3: expected a value for 'prompt', got none",)
+    assert read_prompts(tmp_path / "one", column="chosen")[0] == "by"
+    with pytest.raises(ValueError, match=r"columns: expected \['rejected'\] in .*one, got \['prompt', 'chosen'"):
+        read_rows(tmp_path / "one", ["rejected"])
+    records = read_records(tmp_path / "one")
+    assert not isinstance(records, list) and next(iter(records)).value == ROWS[0]
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    data, both, broken = datasets.Dataset.from_list(ROWS), tmp_path / "both", tmp_path / "broken"
+    datasets.DatasetDict(train=data, test=data).save_to_disk(both)
+    with pytest.raises(ValueError, match=f"{both}: expected the folder of one dataset, got .* {both}/train, {both}/te"):
+        read_rows(both, NAMES)
+    assert read_rows(both / "test", NAMES) == ROWS
+    data.save_to_disk(broken)
+    (broken / "state.json").write_text("{oops")
+    for folder in (tmp_path, broken):
+        with pytest.raises(ValueError, match=f"{folder}: expected a folder of Dataset.save_to_disk, got an error"):
+            read_rows(folder, NAMES)
+
+
+@pytest.mark.parametrize(("name", "library"), [("folder", "datasets"), ("a.parquet", "pyarrow")])
+def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, library: str) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected what pip install 'textenv\[data\]' brings, got .*{library}"
+    ):
+        read_rows(tmp_path / name, NAMES)
 
 
 # Cells that are not empty (an empty cell is no value) and no control characters but the line ends and the tab.
@@ -131,7 +173,7 @@ BAD_ROWS: list[tuple[str, str, str]] = [
 def test_a_bad_row_is_told_by_file_and_line(tmp_path: Path, suffix: str, content: str, message: str) -> None:
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="expected good rows, got 1 bad ones of 2; the first: .*" + message):
         read_rows(path, ["a", "b"], numbers=["b"], strict=True)
     told: list[str] = []
     rows = read_rows(path, ["a", "b"], numbers=["b"], tell=told.append)
@@ -139,6 +181,36 @@ def test_a_bad_row_is_told_by_file_and_line(tmp_path: Path, suffix: str, content
     assert len(told) == 1 and told[0].startswith(f"{path}: skipped 1 of 2 rows; the first: ")
     with pytest.warns(UserWarning, match="skipped 1 of 2 rows; the first: .*" + message):
         read_rows(path, ["a", "b"], numbers=["b"])
+
+
+def test_the_first_few_bad_rows_are_told_and_all_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(['{"a": 1}', "oops", '{"a": 2}', "{}", "[]", '{"a": "x"}', "7"]))
+    names = Names(["a"], numbers=["a"])
+    few = (
+        rf"the first: {path}:2: expected JSON, got 'oops' \(.*\); {path}:4: expected a value for 'a', got none; "
+        rf"{path}:5: expected an object with \['a'\], got \[\]; and 2 more$"
+    )
+    told: list[str] = []
+    reading = parse_rows(path, names, lambda row: 10 * row["a"])
+    assert reading.told(told.append) == [10.0, 20.0]
+    assert len(told) == 1 and re.match(rf"{path}: skipped 5 of 7 rows; {few}", told[0])
+    problems = reading.counts.pop("problems")
+    assert reading.counts == {"read": 7, "kept": 2, "skipped": 5, "problems": problems} and len(problems) == 3
+    with pytest.raises(ValueError, match=rf"^{path}: expected good rows, got 5 bad ones of 7; {few}"):
+        parse_rows(path, names, str, strict=True)
+
+
+def test_what_a_parser_refuses_is_a_bad_row_with_its_place() -> None:
+    def even(row: dict[str, Any]) -> int:
+        if row["a"] % 2:
+            raise ValueError(f"expected an even number, got {row['a']}")
+        return row["a"]
+
+    reading = parse_rows([{"a": 2}, {"a": 3}, {"a": 4}], Names(["a"]), even)
+    assert (reading.rows, reading.problems) == ([2, 4], ("row 1: expected an even number, got 3",))
+    with pytest.raises(ValueError, match="expected rows, got none of 1; the first: row 0: expected an even number"):
+        parse_rows([{"a": 3}], Names(["a"]), even)
 
 
 def test_nothing_is_told_of_good_rows() -> None:
@@ -153,12 +225,12 @@ BAD_FILES: list[tuple[str, str, str]] = [
     ("a.csv", "a,b\n", r"a.csv: expected rows, got none$"),
     ("a.csv", '"a"x,b\n', r"a.csv:1: expected a heading, got an error"),
     ("a.csv", "a,b\nx,\udcff\n", r"a.csv:2: expected UTF-8 text, got byte 0xff"),
-    ("a.jsonl", "1\n2\n", r"a.jsonl: expected rows, got none of 2: .*a.jsonl:1: expected an object"),
+    ("a.jsonl", "1\n2\n", r"a.jsonl: expected rows, got none of 2; the first: .*a.jsonl:1: expected an object"),
     ("a.json", "{}", r"a.json: expected a list of objects, got '{}'"),
     ("a.json", '[\n{"a": 1},\n{"a" 2}]', r"a.json:3: expected JSON, got an error \(Expecting ':'"),
     ("a.json", '[\n{"a": 1}\n{"a": 2}]', r"a.json:3: expected ',' or '\]', got '{'"),
     ("a.json", '[{"a": 1}', r"a.json:1: expected ',' or '\]', got ''"),
-    ("a.txt", "x", r"source: expected one of .jsonl, .json, .csv, .tsv, .parquet, got '.*a.txt'"),
+    ("a.txt", "x", r"source: expected one of .jsonl, .json, .csv, .tsv, .parquet, or a folder of .*, got '.*a.txt'"),
     ("a.parquet", "no", r"a.parquet: expected a readable parquet file, got "),
 ]
 

@@ -36,8 +36,8 @@ class EnvOptions:
     -> scores`, or an object of `textenv.rewards`, whose parts may be any of these. None: the embedded reward model."""
     prompts: Any = None
     """Strings, token-id lists, chats (lists of messages, each with `role` and `content`), a `.txt`, `.jsonl`, `.json`,
-    `.csv`, `.tsv` or `.parquet` file, or a `datasets.Dataset`. A mapping from such sources to weights, or a
-    `textenv.PromptMixture`, draws each by its share. None: the embedded openings."""
+    `.csv`, `.tsv` or `.parquet` file, or a `datasets.Dataset` or its folder on disk. A mapping from such sources to
+    weights, or a `textenv.PromptMixture`, draws each by its share. None: the embedded openings."""
     prompt_column: str = "prompt"
     """The column of the prompts in a file or dataset that has columns."""
     prompt_strict: bool = True

@@ -57,8 +57,8 @@ def read_prompts(
 
     Args:
         source: A `.txt` file (one a line); a `.jsonl`, `.json`, `.csv`, `.tsv` or `.parquet` file or a
-            `datasets.Dataset` with a column of prompts (in `.jsonl` and `.json` also bare strings and lists); or a
-            sequence of strings, id lists, message lists or mappings.
+            `datasets.Dataset`, or its folder on disk, with a column of prompts (in `.jsonl` and `.json` also bare
+            strings and lists); or a sequence of strings, id lists, message lists or mappings.
         column: The column's name.
         strict: Whether a row that is no prompt is an error; otherwise it is skipped, and later indices move up.
         tell: Takes the line about skipped rows; None: `warnings.warn`.
@@ -87,7 +87,7 @@ def read_prompts(
 
 def _is_prompts(source: Any) -> bool:
     if isinstance(source, str | Path):
-        return Path(source).suffix in PROMPT_SUFFIXES
+        return Path(source).suffix in PROMPT_SUFFIXES or Path(source).is_dir()
     one_split = not isinstance(getattr(source, "column_names", None), Mapping)
     return isinstance(source, Iterable) and not isinstance(source, Mapping) and one_split
 
@@ -161,7 +161,7 @@ def tokenize_prompts(
             messages without a chat template.
     """
     rows = list(prompts)
-    given = [_as_chat(row) if chat_template and isinstance(row, str) and row else row for row in rows]
+    given = [as_chat(row) if chat_template and isinstance(row, str) and row else row for row in rows]
     texts = [row for row in given if isinstance(row, str)]
     if texts and tokenizer is None:
         raise ValueError("tokenizer: expected one, because prompts holds text, got None")
@@ -188,7 +188,8 @@ def tokenize_prompts(
     return result
 
 
-def _as_chat(text: str) -> Prompt:
+def as_chat(text: str) -> list[Mapping[str, Any]]:
+    """Messages in which the user says it."""
     return [{"role": "user", "content": text}]
 
 

@@ -7,12 +7,13 @@ import csv
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-"""The files that `read_rows` takes."""
+"""The files that `read_rows` takes, beside folders that `Dataset.save_to_disk` has written."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def read_records(source: Any, needed: Sequence[str] = ()) -> Iterator[Record]:
     schema = getattr(source, "column_names", None)
     if isinstance(source, Mapping) or isinstance(schema, Mapping) or not isinstance(source, Iterable):
         raise ValueError(
-            f"source: expected one of {', '.join(SUFFIXES)}, one dataset, or a list of rows, got {shown(source)}"
+            f"source: expected one of {', '.join(SUFFIXES)}, one dataset or its folder, or a list of rows, got "
+            f"{shown(source)}"
         )
     if schema is not None:
         _check_columns("the dataset", schema, needed)
@@ -93,8 +95,12 @@ def _file_records(path: Path, needed: Sequence[str]) -> Iterator[Record]:
             return iter(_delimited(path, "\t", needed))
         case ".parquet":
             return _parquet(path, needed)
+        case _ if path.is_dir():
+            return _saved_dataset(path, needed)
         case _:
-            raise ValueError(f"source: expected one of {', '.join(SUFFIXES)}, got {str(path)!r}")
+            raise ValueError(
+                f"source: expected one of {', '.join(SUFFIXES)}, or a folder of Dataset.save_to_disk, got {str(path)!r}"
+            )
 
 
 def _check_columns(where: str, columns: Sequence[str], needed: Sequence[str]) -> None:
@@ -180,8 +186,9 @@ def _cells(path: Path, reader: Any, heading: Sequence[str]) -> Iterator[Record]:
 
 
 def _parquet(path: Path, needed: Sequence[str]) -> Iterator[Record]:
-    import pyarrow as arrow
-    import pyarrow.parquet as parquet
+    with _data_extra(path):
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
 
     try:
         table = parquet.read_table(path)
@@ -189,6 +196,31 @@ def _parquet(path: Path, needed: Sequence[str]) -> Iterator[Record]:
         raise ValueError(f"{path}: expected a readable parquet file, got {error}") from error
     _check_columns(str(path), table.column_names, needed)
     return (Record(f"{path} row {index}", row) for index, row in enumerate(table.to_pylist()))
+
+
+def _saved_dataset(path: Path, needed: Sequence[str]) -> Iterator[Record]:
+    """Rows of a folder that `Dataset.save_to_disk` has written, which stay there until they are asked for."""
+    with _data_extra(path):
+        from datasets import DatasetDict, load_from_disk
+
+    try:
+        data = load_from_disk(str(path))
+    except (OSError, ValueError, LookupError) as error:
+        raise ValueError(f"{path}: expected a folder of Dataset.save_to_disk, got an error ({error})") from error
+    if isinstance(data, DatasetDict):
+        names = ", ".join(str(path / str(name)) for name in data)
+        raise ValueError(f"{path}: expected the folder of one dataset, got that of several; choose among {names}")
+    _check_columns(str(path), data.column_names, needed)
+    return (Record(f"{path} row {index}", row) for index, row in enumerate(data))
+
+
+@contextmanager
+def _data_extra(path: Path) -> Iterator[None]:
+    """Imports that come with an extra of this package."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{path}: expected what pip install 'textenv[data]' brings, got an error ({error})") from error
 
 
 def _reason(error: Exception) -> str:

@@ -5,12 +5,56 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from textenv.table_files import Record, read_records, shown
 
 T = TypeVar("T")
+
+_SHOWN = 3
+"""Bad rows that are told in full."""
+
+
+@dataclass(frozen=True)
+class Reading(Generic[T]):
+    """What was made of a source's rows, and what was wrong with the others."""
+
+    source: str
+    """Where they come from, as an error shows it."""
+    rows: list[T]
+    """Of the good ones, in their order."""
+    skipped: int = 0
+    """How many were bad."""
+    problems: tuple[str, ...] = ()
+    """Of the first few: where each stands, what was expected and what came."""
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What a summary tells of it: rows read, kept and skipped, and why the first few were skipped."""
+        read = len(self.rows) + self.skipped
+        return {"read": read, "kept": len(self.rows), "skipped": self.skipped, "problems": list(self.problems)}
+
+    def told(self, tell: Callable[[str], object] | None = None) -> list[T]:
+        """The rows, after one line about those that were skipped, if any were.
+
+        Args:
+            tell: Takes the line. None: `warnings.warn`, which is seen without any setup of logging and which a program
+                can turn into an error.
+        """
+        if self.skipped:
+            line = f"{self.source}: skipped {self.skipped} of {self.counts['read']} rows{self.why}"
+            tell(line) if tell is not None else warnings.warn(line, stacklevel=3)
+        return self.rows
+
+    @property
+    def why(self) -> str:
+        """How a line about bad rows goes on; empty if there are none."""
+        if not self.skipped:
+            return ""
+        more = self.skipped - len(self.problems)
+        return f"; the first: {'; '.join(self.problems)}" + (f"; and {more} more" if more else "")
 
 
 def read_rows(
@@ -25,32 +69,85 @@ def read_rows(
 ) -> list[dict[str, Any]]:
     """Rows with the names that the caller asks for, and no others.
 
-    A row that does not parse or lacks a required value is counted and skipped, and one line tells how many; None and a
-    missing key lack a value, and in a `.csv` or `.tsv` file an empty cell does, too. Values stay what they are in the
-    file, so those of a `.csv` are strings, except where `numbers` asks otherwise.
+    A row that does not parse or lacks a required value is counted and skipped, and one line tells how many and what
+    was wrong with the first few; None and a missing key lack a value, and in a `.csv` or `.tsv` file an empty cell
+    does, too. Values stay what they are in the file, so those of a `.csv` are strings, except where `numbers` asks
+    otherwise.
 
     >>> read_rows([{"prompt": "a", "text": "b"}], ["prompt"], optional=["response"], columns={"response": "text"})
     [{'prompt': 'a', 'response': 'b'}]
 
     Args:
-        source: A `.jsonl`, `.json` (a list of objects), `.csv`, `.tsv` or `.parquet` file, a `datasets.Dataset`, or an
-            iterable of mappings.
+        source: A `.jsonl`, `.json` (a list of objects), `.csv`, `.tsv` or `.parquet` file, a `datasets.Dataset` or the
+            folder that its `save_to_disk` has written, or an iterable of mappings.
         required: Names that each row must have a value for.
         optional: Names that are None in a row without a value.
         columns: Our name → the column's name in the source, where they differ.
         numbers: Names whose values are finite numbers; text is read as one.
-        strict: Whether the first bad row is an error.
-        tell: Takes the line about skipped rows. None: `warnings.warn`, which is seen without any setup of logging and
-            which a program can turn into an error.
+        strict: Whether bad rows are an error.
+        tell: Takes the line about skipped rows; None: `warnings.warn`.
 
     Raises:
-        ValueError: If the source cannot be read, has no such column, or leaves no row; with `strict`, at a bad row.
+        ValueError: If the source cannot be read, has no such column, or leaves no row; with `strict`, if a row is bad.
     """
-    names = [*required, *optional]
-    keys = _keys(names, columns or {}, numbers)
-    needed = {name: keys[name] for name in required}
-    records = read_records(source, list(needed.values()))
-    return good_rows(source, records, lambda value: _row(value, keys, needed, numbers), strict=strict, tell=tell)
+    names = Names(required, optional, columns or {}, numbers)
+    return parse_rows(source, names, lambda row: row, strict=strict).told(tell)
+
+
+@dataclass(frozen=True)
+class Names:
+    """What is asked of a row."""
+
+    required: Sequence[str]
+    """Each must have a value."""
+    optional: Sequence[str] = ()
+    """None where there is no value."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """Our name → the column's name in the source, where they differ."""
+    numbers: Sequence[str] = ()
+    """Those that are finite numbers; text is read as one."""
+
+    def __post_init__(self) -> None:
+        """Check that nothing is said of other names."""
+        names = [*self.required, *self.optional]
+        for argument, given in (("columns", self.columns), ("numbers", self.numbers)):
+            unknown = [name for name in given if name not in names]
+            if unknown:
+                raise ValueError(f"{argument}: expected names among {names}, got {unknown}")
+
+    def column(self, name: str) -> str:
+        """What one of our names is called in the source."""
+        return self.columns.get(name, name)
+
+    @property
+    def needed(self) -> list[str]:
+        """Columns that a source must have."""
+        return [self.column(name) for name in self.required]
+
+    def row(self, value: Any) -> dict[str, Any]:
+        """The row by our names.
+
+        Raises:
+            ValueError: `expected ..., got ...`, if it is a bad one.
+        """
+        if not isinstance(value, Mapping):
+            raise ValueError(f"expected an object with {self.needed}, got {shown(value)}")
+        row = {name: value.get(self.column(name)) for name in (*self.required, *self.optional)}
+        for name in self.required:
+            if row[name] is None:
+                raise ValueError(f"expected a value for {self.column(name)!r}, got none")
+        for name in self.numbers:
+            if row[name] is not None:
+                number = as_number(row[name])
+                if number is None:
+                    raise ValueError(f"expected a finite number for {self.column(name)!r}, got {shown(row[name])}")
+                row[name] = number
+        return row
+
+
+def parse_rows(source: Any, names: Names, parse: Callable[[dict[str, Any]], T], *, strict: bool = False) -> Reading[T]:
+    """What is made of each row by its names, as `sift` does it."""
+    return sift(source, read_records(source, names.needed), lambda value: parse(names.row(value)), strict=strict)
 
 
 def good_rows(
@@ -61,20 +158,25 @@ def good_rows(
     strict: bool = False,
     tell: Callable[[str], object] | None = None,
 ) -> list[T]:
-    """What is made of each record; bad ones are counted and told, or an error.
+    """What `sift` keeps; `tell` is as in `read_rows`."""
+    return sift(source, records, parse, strict=strict).told(tell)
+
+
+def sift(source: Any, records: Iterable[Record], parse: Callable[[Any], T], *, strict: bool = False) -> Reading[T]:
+    """What is made of each record; bad ones are counted, or an error.
 
     Args:
         source: Where they come from, as an error shows it.
         records: Rows with their places.
         parse: What becomes of a value; raises `ValueError("expected ..., got ...")` for a bad one.
-        strict: As in `read_rows`.
-        tell: As in `read_rows`.
+        strict: Whether bad rows are an error.
 
     Raises:
-        ValueError: If no row is left; with `strict`, at a bad row.
+        ValueError: If no row is left; with `strict`, if one is bad.
     """
-    found, bad = [], []
-    name = str(source) if isinstance(source, str | Path) else shown(source)
+    found: list[T] = []
+    problems: list[str] = []
+    skipped = 0
     for record in records:
         problem = record.problem
         if problem is None:
@@ -83,43 +185,25 @@ def good_rows(
                 continue
             except ValueError as error:
                 problem = str(error)
-        bad.append(f"{record.where}: {problem}")
-        if strict:
-            raise ValueError(bad[0])
+        skipped += 1
+        if len(problems) < _SHOWN:
+            problems.append(f"{record.where}: {problem}")
+    reading = Reading(str(source) if isinstance(source, str | Path) else shown(source), found, skipped, tuple(problems))
     if not found:
-        raise ValueError(f"{name}: expected rows, got none" + (f" of {len(bad)}: {bad[0]}" if bad else ""))
-    if bad:
-        line = f"{name}: skipped {len(bad)} of {len(bad) + len(found)} rows; the first: {bad[0]}"
-        tell(line) if tell is not None else warnings.warn(line, stacklevel=3)
-    return found
+        of = f" of {skipped}" if skipped else ""
+        raise ValueError(f"{reading.source}: expected rows, got none{of}{reading.why}")
+    if skipped and strict:
+        bad = f"{skipped} bad ones of {reading.counts['read']}"
+        raise ValueError(f"{reading.source}: expected good rows, got {bad}{reading.why}")
+    return reading
 
 
-def _keys(names: Sequence[str], columns: Mapping[str, str], numbers: Sequence[str]) -> dict[str, str]:
-    for argument, given in (("columns", columns), ("numbers", numbers)):
-        unknown = [name for name in given if name not in names]
-        if unknown:
-            raise ValueError(f"{argument}: expected names among {list(names)}, got {unknown}")
-    return {name: columns.get(name, name) for name in names}
+def as_number(value: Any) -> float | None:
+    """A finite number, also one that is written as text; None for anything else, truth values among it.
 
-
-def _row(value: Any, keys: Mapping[str, str], needed: Mapping[str, str], numbers: Sequence[str]) -> dict[str, Any]:
-    """The row by our names."""
-    if not isinstance(value, Mapping):
-        raise ValueError(f"expected an object with {list(needed.values())}, got {shown(value)}")
-    row = {name: value.get(key) for name, key in keys.items()}
-    for name, key in needed.items():
-        if row[name] is None:
-            raise ValueError(f"expected a value for {key!r}, got none")
-    for name in numbers:
-        if row[name] is not None:
-            number = _number(row[name])
-            if number is None:
-                raise ValueError(f"expected a finite number for {keys[name]!r}, got {shown(row[name])}")
-            row[name] = number
-    return row
-
-
-def _number(value: Any) -> float | None:
+    >>> as_number("1.0"), as_number("one"), as_number(True)
+    (1.0, None, None)
+    """
     if isinstance(value, bool):
         return None
     try:

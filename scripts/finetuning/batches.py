@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from scripts.finetuning.examples import IGNORED, Example
+from textenv.logprobs import selected_logprobs
+from textenv.models import backbone, output_head
 
+Autocast = Callable[[], AbstractContextManager[Any]]
 Collate = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
@@ -77,21 +79,26 @@ def heldout_loss(
     collate: Collate,
     *,
     batch_examples: int,
-    autocast: Callable[[], AbstractContextManager[Any]],
+    autocast: Autocast,
 ) -> float:
-    """Mean −log p of the learnt tokens, each token of all examples counting alike, so that batches do not matter."""
+    """Mean −log p of the learnt tokens, each token of all examples counting alike, so that batches do not matter.
+
+    Logits are those of the learnt tokens alone, in chunks.
+    """
+    trunk, head = backbone(model), output_head(model)
     training = model.training
     model.eval()
     total, count = 0.0, 0
     for batch in _batches(examples, batch_examples):
         inputs = {name: value.to(model.device) for name, value in collate([e.features for e in batch]).items()}
         labels = inputs.pop("labels")[:, 1:]
+        learnt = labels != IGNORED
         with autocast():
-            logits = model(**inputs, use_cache=False).logits[:, :-1]
-        total += float(F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum"))
-        count += int((labels != IGNORED).sum())
+            hidden = trunk(**inputs, use_cache=False).last_hidden_state[:, :-1]
+            total += float(selected_logprobs(hidden, head, labels, mask=learnt).double().sum())
+        count += int(learnt.sum())
     model.train(training)
-    return total / count
+    return -total / count
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterable[Sequence[Example]]:

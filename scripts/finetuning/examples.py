@@ -9,9 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from textenv.prompts import chat_ids, is_messages
+from textenv.prompts import as_chat, chat_ids, is_messages
 from textenv.table_files import Record, read_records, read_text, shown
-from textenv.tables import good_rows
+from textenv.tables import Names, Reading, sift
 
 Form = Literal["text", "pairs", "messages"]
 IGNORED = -100
@@ -31,9 +31,10 @@ class Columns:
     messages: str = "messages"
     """A chat, a list of messages with `role` and `content`; what the assistant says is learnt."""
 
-    def of(self, form: Form) -> list[str]:
-        """Those that a form needs."""
-        return {"text": [self.text], "pairs": [self.prompt, self.response], "messages": [self.messages]}[form]
+    def of(self, form: Form) -> Names:
+        """What a form asks of a row."""
+        ours = ["prompt", "response"] if form == "pairs" else [form]
+        return Names(ours, columns={name: getattr(self, name) for name in ours})
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,10 @@ class Encoder:
         """All of a text is learnt, and that it ends.
 
         Raises:
-            ValueError: `expected ..., got ...`, as for every form, if this is none or nothing of it is left to learn.
+            ValueError: `expected ..., got ...`, as for every form, if this is none, is blank, or nothing of it is left
+                to learn.
         """
-        ids = self._opened(_text(text, "text"))
+        ids = self._opened(_written(text, "text"))
         return self._ended(ids, [True] * len(ids))
 
     def pair(self, prompt: Any, response: Any) -> Example:
@@ -97,9 +99,9 @@ class Encoder:
         Prompt and response are tokenized as one text where that begins with the prompt's own ids, else apart, because
         in the environment a response begins after a prompt's own ids.
         """
-        response = _text(response, "a response")
+        response = _written(response, "a response")
         if isinstance(prompt, str) and self.chat_template:
-            prompt = [{"role": "user", "content": prompt}]
+            prompt = as_chat(prompt)
         if is_messages(prompt):
             said: list[Any] = [*prompt, {"role": "assistant", "content": response}]
             return self._chat(said, answers=[len(prompt)])
@@ -111,7 +113,7 @@ class Encoder:
 
     def chat(self, messages: Any) -> Example:
         """Each answer of the assistant is learnt, with what the template ends it with."""
-        if not is_messages(messages):
+        if not is_messages(messages) or not all(isinstance(message, Mapping) for message in messages):
             raise ValueError(f"expected messages with 'role' and 'content', got {shown(messages)}")
         return self._chat(messages, [i for i, message in enumerate(messages) if message.get("role") == "assistant"])
 
@@ -120,6 +122,9 @@ class Encoder:
             raise ValueError(f"expected at least one message of the assistant, got {shown(messages)}")
         messages = messages[: answers[-1] + 1]  # what follows the last answer is neither seen nor learnt
         ids = self._templated(messages, answer=False)
+        for place in answers:
+            if isinstance(messages[place]["content"], str) and not messages[place].get("tool_calls"):
+                _written(messages[place]["content"], "an answer")
         learnt, answered = [False] * len(ids), ids
         for place in answers:
             before = self._templated(messages[:place], answer=True)
@@ -166,6 +171,13 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
+def _written(value: Any, what: str) -> str:
+    """Text that says something: learning that a blank response ends teaches to say nothing."""
+    if not _text(value, what).strip():
+        raise ValueError(f"expected {what} that is not blank, got {value!r}")
+    return value
+
+
 def read_examples(
     source: Any,
     encoder: Encoder,
@@ -174,7 +186,7 @@ def read_examples(
     columns: Columns | None = None,
     strict: bool = False,
     tell: Callable[[str], object] | None = None,
-) -> list[Example]:
+) -> Reading[Example]:
     """Examples of a file or dataset.
 
     Args:
@@ -182,36 +194,27 @@ def read_examples(
         encoder: How rows become examples.
         form: What the rows are; None: chats, pairs or texts, the first of which the first row has the columns of.
         columns: Their names.
-        strict: Whether the first bad row is an error; otherwise bad rows are counted, told and skipped.
+        strict: Whether bad rows are an error; otherwise they are counted, told and skipped.
         tell: Takes what there is to say about skipped and cut rows; None: `warnings.warn`.
 
     Raises:
-        ValueError: If the source cannot be read, has no such columns, or leaves no example; with `strict`, at a
-            bad row.
+        ValueError: If the source cannot be read, has no such columns, or leaves no example; with `strict`, if a row is
+            bad.
     """
     columns = columns or Columns()
-    records = list(_records(source, columns))
+    records = list(_records(source, columns, form))
     form = form or _form(source, records, columns)
-    needed = columns.of(form)
+    names = columns.of(form)
     make = {"text": encoder.text, "pairs": encoder.pair, "messages": encoder.chat}[form]
-
-    def example(value: Any) -> Example:
-        if not isinstance(value, Mapping):
-            raise ValueError(f"expected an object with {needed}, got {shown(value)}")
-        cells = [value.get(name) for name in needed]
-        for name, cell in zip(needed, cells, strict=True):
-            if cell is None:
-                raise ValueError(f"expected a value for {name!r}, got none")
-        return make(*cells)
-
-    examples = good_rows(source, records, example, strict=strict, tell=tell)
+    reading = sift(source, records, lambda value: make(*names.row(value).values()), strict=strict)
+    examples = reading.told(tell)
     cut = sum(example.cut for example in examples)
     if cut:
         (tell or warnings.warn)(f"{source}: cut {cut} of {len(examples)} examples to {encoder.max_tokens} tokens")
-    return examples
+    return reading
 
 
-def _records(source: Any, columns: Columns) -> Iterator[Record]:
+def _records(source: Any, columns: Columns, form: Form | None) -> Iterator[Record]:
     if isinstance(source, str | Path) and Path(source).suffix == ".txt":
         lines = enumerate(read_text(Path(source)).split("\n"), start=1)
         return (
@@ -219,13 +222,15 @@ def _records(source: Any, columns: Columns) -> Iterator[Record]:
             for number, line in lines
             if line.strip()
         )
-    return read_records(source)
+    return read_records(source, columns.of(form).needed if form else ())
 
 
 def _form(source: Any, records: Sequence[Record], columns: Columns) -> Form:
     first: Any = next((record.value for record in records if isinstance(record.value, Mapping)), {})
     forms: tuple[Form, ...] = ("messages", "pairs", "text")
     for form in forms:
-        if all(name in first for name in columns.of(form)):
+        if all(name in first for name in columns.of(form).needed):
             return form
-    raise ValueError(f"columns: expected {[columns.of(form) for form in forms]} in {source}, got {list(first)}")
+    raise ValueError(
+        f"columns: expected one of {[columns.of(form).needed for form in forms]} in {source}, got {list(first)}"
+    )

@@ -3,45 +3,29 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from agents.checks import at_least
 from agents.tracking import Tracker
-from scripts.finetuning.batches import Collate, flattened, heldout_loss, isolates, padded
+from scripts.finetuning.batches import Autocast, Collate, flattened, heldout_loss, isolates, padded
 from scripts.finetuning.examples import Example
 from scripts.splitting import split_groups
+from scripts.trainer_config import TrainerConfig, last_checkpoint, training_arguments
 from textenv.dropout import disable_dropout
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(TrainerConfig):
     """Settings of the training."""
 
-    epochs: float = 1.0
-    """Passes over the examples."""
-    learning_rate: float = 1e-4
-    """Of AdamW, at its highest."""
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    """How the rate goes on after the warm-up."""
-    warmup_frac: float = 0.03
-    """Share of the steps over which the rate rises."""
-    weight_decay: float = 0.0
-    """Of AdamW."""
-    max_grad_norm: float = 1.0
-    """Longest gradient of a step."""
-    batch_examples: int = 16
-    """Examples of a step."""
-    microbatch_examples: int | None = None
-    """Examples of a forward, a divisor of `batch_examples`, which is meant if this is absent; changes memory only."""
     packing: bool = True
     """Whether the examples of a forward stand in one row without padding, where the model keeps them apart; changes
     speed only."""
@@ -49,12 +33,8 @@ class SFTConfig:
     """Rank of LoRA adapters, merged into the weights at the end; 0 trains all weights."""
     gradient_checkpointing: bool = False
     """Less memory, a third more time."""
-    bf16: bool | None = None
-    """Forwards in bfloat16, weights and optimizer in float32; None: on CUDA."""
     eval_every: int = 0
     """Steps between evaluations; 0: after each epoch."""
-    save_every: int = 0
-    """Steps between checkpoints; 0: after each epoch."""
     log_every: int = 10
     """Steps between lines in `metrics.jsonl`."""
     seed: int = 0
@@ -62,26 +42,9 @@ class SFTConfig:
 
     def __post_init__(self) -> None:
         """Check each setting."""
-        for name in ("epochs", "learning_rate", "max_grad_norm", "batch_examples", "log_every"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a finite number > 0, got {getattr(self, name)}")
-        for name in ("weight_decay", "lora_rank", "eval_every", "save_every", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected a number >= 0, got {getattr(self, name)}")
-        if not 0 <= self.warmup_frac < 1:
-            raise ValueError(f"warmup_frac: expected a share in [0, 1), got {self.warmup_frac}")
-        if self.microbatch_examples is not None and (
-            self.microbatch_examples < 1 or self.batch_examples % self.microbatch_examples
-        ):
-            raise ValueError(
-                f"microbatch_examples: expected a divisor of batch_examples, {self.batch_examples}, "
-                f"got {self.microbatch_examples}"
-            )
-
-    @property
-    def forward_examples(self) -> int:
-        """Examples of a forward."""
-        return self.microbatch_examples or self.batch_examples
+        super().__post_init__()
+        for name, low in (("log_every", 1), ("lora_rank", 0), ("eval_every", 0), ("seed", 0)):
+            at_least(name, getattr(self, name), low)
 
 
 @dataclass(frozen=True)
@@ -103,10 +66,10 @@ class Trained:
 class HeldOutTrainer(Trainer):
     """A Trainer whose evaluation counts each held-out token alike; the Trainer's own is a mean over batches."""
 
-    def __init__(self, *, heldout: Sequence[Example], collate: Collate, **options: Any) -> None:
+    def __init__(self, *, heldout: Sequence[Example], collate: Collate, autocast: Autocast, **options: Any) -> None:
         rows: Any = [example.features for example in heldout]
         super().__init__(data_collator=collate, eval_dataset=rows, **options)
-        self.heldout, self.collate = heldout, collate
+        self.heldout, self.collate, self.autocast = heldout, collate, autocast
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The loss on the held-out examples and its exponential."""
@@ -115,7 +78,7 @@ class HeldOutTrainer(Trainer):
             self.heldout,
             self.collate,
             batch_examples=self.args.per_device_eval_batch_size,
-            autocast=self.compute_loss_context_manager,
+            autocast=self.autocast,  # the Trainer's own is in the model's forward, which is not called
         )
         metrics = {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
         self.log(metrics)
@@ -145,9 +108,9 @@ def collator(model: Any, packing: bool) -> Collate:
     return flattened if packing and isolates(model) else padded
 
 
-def autocast(device: torch.device, bf16: bool | None) -> Callable[[], AbstractContextManager[Any]]:
+def autocast(device: torch.device, config: SFTConfig) -> Autocast:
     """What makes the context of a forward outside of the Trainer."""
-    enabled = device.type == "cuda" if bf16 is None else bf16
+    enabled = config.in_bf16(device)
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16) if enabled else nullcontext()
 
 
@@ -195,13 +158,15 @@ def finetune(
     disable_dropout(model)
     model = _with_adapters(model, config.lora_rank)
     collate = collator(model, config.packing)
-    arguments = _arguments(config, folder, next(model.parameters()).device, bool(heldout))
+    device = next(model.parameters()).device
+    arguments = _arguments(config, folder, device, bool(heldout))
     trainer = HeldOutTrainer(
         model=model,
         args=arguments,
         train_dataset=[e.features for e in examples],
         heldout=heldout,
         collate=collate,
+        autocast=autocast(device, config),
         callbacks=[Logged(tracker)],
     )
     trainer.remove_callback(PrinterCallback)
@@ -220,18 +185,6 @@ def finetune(
     return Trained(model, steps, loss, tokens / seconds, collate is flattened)
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint; what a killed run has left unfinished after it is removed.
-
-    The Trainer writes `trainer_state.json` last.
-    """
-    while (found := get_last_checkpoint(str(folder)) if folder.is_dir() else None) is not None:
-        if (Path(found) / "trainer_state.json").is_file():
-            return found
-        shutil.rmtree(found)
-    return None
-
-
 def _steps(checkpoint: str | None) -> int:
     return 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
 
@@ -246,34 +199,11 @@ def _with_adapters(model: Any, rank: int) -> Any:
 
 
 def _arguments(config: SFTConfig, folder: Path, device: torch.device, evaluates: bool) -> TrainingArguments:
-    bf16 = device.type == "cuda" if config.bf16 is None else config.bf16
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=config.epochs,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup_frac,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        per_device_train_batch_size=config.forward_examples,
-        per_device_eval_batch_size=config.forward_examples,
-        gradient_accumulation_steps=config.batch_examples // config.forward_examples,
-        gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
-        bf16=bf16,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type == "cuda",
-        eval_strategy="no" if not evaluates else "steps" if config.eval_every else "epoch",
-        eval_steps=config.eval_every or None,
-        save_strategy="steps" if config.save_every else "epoch",
-        save_steps=config.save_every or 500,
-        save_total_limit=1,
-        logging_steps=config.log_every,
-        report_to="none",  # the default is every service that is installed
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        seed=config.seed,
-    )
-    # The Trainer would otherwise split rows over all GPUs of one process, and a packed batch is one row.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
+    own: dict[str, Any] = {
+        "per_device_eval_batch_size": config.forward_examples,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False} if config.gradient_checkpointing else None,
+        "eval_strategy": "no" if not evaluates else "steps" if config.eval_every else "epoch",
+        "eval_steps": config.eval_every or None,
+    }
+    return training_arguments(config, folder, device, seed=config.seed, log_every=config.log_every, own=own)

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from scripts.splitting import split_groups
+from textenv.table_files import shown
+from textenv.tables import as_number
 
 Task = Literal["pairs", "ranked", "ratings", "labels"]
 
@@ -19,7 +21,7 @@ COLUMNS: dict[Task, tuple[str, ...]] = {
 }
 """What each row must have, beside the prompt, which may be empty."""
 
-_WORDS = {"1": 1.0, "true": 1.0, "good": 1.0, "yes": 1.0, "0": 0.0, "false": 0.0, "bad": 0.0, "no": 0.0}
+_WORDS = {"true": 1.0, "good": 1.0, "yes": 1.0, "false": 0.0, "bad": 0.0, "no": 0.0}
 
 
 class Text(NamedTuple):
@@ -85,24 +87,23 @@ def judged(rows: Sequence[Mapping[str, Any]], key: Literal["rating", "label"]) -
     return [Example((Text(row["prompt"] or "", row["response"]),), row[key]) for row in rows]
 
 
-def as_label(value: Any) -> float:
+def as_label(value: Any, column: str = "label") -> float:
     """1 for good, 0 for bad.
 
-    >>> [as_label(value) for value in (True, 0, "Good", "no")]
-    [1.0, 0.0, 1.0, 0.0]
+    >>> [as_label(value) for value in (True, 0, "Good", "no", "1.0")]
+    [1.0, 0.0, 1.0, 0.0, 1.0]
+
+    Args:
+        value: What stands there.
+        column: Where, for the error.
 
     Raises:
-        ValueError: For anything but 1, 0, true, false, good, bad, yes and no.
+        ValueError: For anything but true, good, yes, false, bad, no and the numbers 1 and 0.
     """
-    number = value if isinstance(value, bool | str) else _whole(value)
-    label = _WORDS.get(str(number).strip().lower())
-    if label is None:
-        raise ValueError(f"label: expected one of {', '.join(_WORDS)}, got {value!r}")
+    label = _WORDS.get(str(value).strip().lower(), as_number(value))
+    if label not in (0.0, 1.0):
+        raise ValueError(f"expected 1, 0, {', '.join(_WORDS)} for {column!r}, got {shown(value)}")
     return label
-
-
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def draw_comparisons(ratings: Sequence[Example], *, min_gap: float, rounds: int, seed: int) -> list[Example]:
@@ -124,5 +125,10 @@ def draw_comparisons(ratings: Sequence[Example], *, min_gap: float, rounds: int,
             if abs(gap) > min_gap and texts[0] != texts[1]:
                 found.setdefault(frozenset((a, b)), Example(texts if gap > 0 else texts[::-1], gap=abs(gap)))
     if not found:
-        raise ValueError(f"min_gap: expected ratings more than {min_gap} apart, got none among {len(ratings)}")
+        values = np.array([rating.target for rating in ratings] or [0.0])
+        advice = f"; set it below their standard deviation, {values.std():.2g}" if np.ptp(values) else ""
+        raise ValueError(
+            f"min_gap: expected ratings more than {min_gap} apart, got none among {len(ratings)} from "
+            f"{values.min():g} to {values.max():g}{advice}"
+        )
     return list(found.values())

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from agents.intervals import wilson
 from scripts.reward_modelling.examples import Example, Task, Text
 
 GAPS = 5
@@ -60,8 +61,8 @@ def accuracy(correct: np.ndarray, members: np.ndarray) -> Share:
     """Mean of `correct` with the standard error of choices that share texts.
 
     SE² = Σ_{p, q sharing a text} e_p e_q / n², e_p = correct_p − mean: Aronow, Samii and Assenova 2015 ("dyadic
-    clustering"), which is the binomial one where no text is shared. Summed by text, a pair's own square comes as often
-    as it has texts.
+    clustering"), which is the binomial one where no text is shared. Summed by text, choices between the same texts come
+    as often as there are texts.
 
     >>> accuracy(np.array([1.0, 0.0, 1.0, 1.0]), np.arange(8).reshape(4, 2))
     Share(value=0.75, standard_error=0.21650635094610965, count=4)
@@ -73,8 +74,24 @@ def accuracy(correct: np.ndarray, members: np.ndarray) -> Share:
     count = len(correct)
     errors = correct - correct.mean()
     sums = np.bincount(members.ravel(), np.repeat(errors, members.shape[1]))
-    variance = (np.square(sums).sum() - (members.shape[1] - 1) * np.square(errors).sum()) / count**2
+    _, same = np.unique(np.sort(members, axis=1), axis=0, return_inverse=True)
+    again = (members.shape[1] - 1) * np.square(np.bincount(same.ravel(), errors)).sum()
+    variance = (np.square(sums).sum() - again) / count**2
     return Share(float(correct.mean()), math.sqrt(max(0.0, float(variance))), count)
+
+
+def accuracy_figures(decisions: Decisions) -> dict[str, float]:
+    """The accuracy, its standard error, and its 95 % interval (Wilson 1927), which is never of no width.
+
+    n choices are worth p(1 − p)/SE² independent ones, at most n. Where SE is 0, as where all are right, they are taken
+    to be worth as many as could be made of their texts without using one twice.
+    """
+    share = accuracy(decisions.correct, decisions.members)
+    p, se = share.value, share.standard_error
+    trials = p * (1 - p) / se**2 if se > 0 else len(np.unique(decisions.members)) / decisions.members.shape[1]
+    trials = min(trials, share.count)
+    found = wilson(p, trials)
+    return {**share._asdict(), "low": found.low, "high": found.high}
 
 
 def calibration(decisions: Decisions) -> tuple[list[Bin], float]:
@@ -137,7 +154,7 @@ def choice_figures(task: Task, examples: Sequence[Example], raw: Mapping[Text, f
     decisions = decide(task, examples, raw)
     bins, error = calibration(decisions)
     return {
-        "accuracy": accuracy(decisions.correct, decisions.members)._asdict(),
+        "accuracy": accuracy_figures(decisions),
         "loss": float(np.logaddexp(0.0, -decisions.logits).mean()),
         "calibration": {"error": error, "bins": [b._asdict() for b in bins]},
         "by_gap": _gap_figures(decisions, examples),
@@ -157,7 +174,7 @@ def rating_figures(
     edges = np.quantile(predicted, np.linspace(0, 1, BINS + 1))
     bins = _binned(edges, predicted, predicted, given, np.arange(len(given))[:, None])
     return {
-        "accuracy": accuracy(decisions.correct, decisions.members)._asdict(),
+        "accuracy": accuracy_figures(decisions),
         "rmse": float(np.sqrt(np.square(predicted - given).mean())),
         "correlation": float(np.corrcoef(predicted, given)[0, 1]),
         "calibration": {"error": expected_error(bins), "bins": [b._asdict() for b in bins]},

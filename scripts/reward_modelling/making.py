@@ -12,9 +12,10 @@ import numpy as np
 from scripts.reward_modelling.examples import Example, Task, Text, comparisons, draw_comparisons, judged
 from scripts.reward_modelling.figures import choice_figures, rating_figures
 from scripts.reward_modelling.losses import objective_of
-from scripts.reward_modelling.network import encode, load_base, standardise
-from scripts.reward_modelling.training import FitSettings, fit
+from scripts.reward_modelling.network import Scorer, encode, load_base, standardise
+from scripts.reward_modelling.training import FIT, fit
 from scripts.reward_modelling.words import WordSettings, fit_words, standardise_words
+from scripts.trainer_config import TrainerConfig
 from textenv.models import context_length, no_progress_bar
 from textenv.rewards import ClassifierReward, RewardFunction
 
@@ -35,7 +36,7 @@ class Recipe:
     """A language model with a head, or a weighted sum of words."""
     model: str | None = None
     """Language model or reward model to start from; the embedded storyteller if absent."""
-    fit: FitSettings = field(default_factory=FitSettings)
+    fit: TrainerConfig = FIT
     """How a language model is trained."""
     words: WordSettings = field(default_factory=WordSettings)
     """How a sum of words is fitted."""
@@ -84,6 +85,7 @@ def make(
     base: str | Path,
     device: str = "cpu",
     reference: Sequence[Text] | None = None,
+    resume: bool = False,
     trust_remote_code: bool = False,
     tell: Callable[[str], object] = print,
 ) -> dict[str, Any]:
@@ -93,10 +95,11 @@ def make(
         training: Rows with `prompt` and what the task needs.
         heldout: Rows of the same kind; none of their texts is trained on.
         recipe: What to make.
-        folder: Where the model goes.
+        folder: Where `model` and `checkpoints` go.
         base: Language model to start from; unused for words.
         device: Where it trains.
         reference: Texts that get mean 0 and standard deviation 1; None: the training texts.
+        resume: Whether to go on from the newest of the checkpoints, if there is one; words have none.
         trust_remote_code: Whether the base may bring Python code.
         tell: Takes lines on the progress.
 
@@ -104,23 +107,28 @@ def make(
         The report.
 
     Raises:
-        ValueError: If a side has no example.
+        ValueError: Before anything is trained, if a side has no example, or the ratings no comparison.
     """
     sides = {"training": training, "heldout": heldout}
     examples, counts = {}, {}
     for side, rows in sides.items():
         examples[side], ties = examples_of(rows, recipe, heldout=side == "heldout")
         counts[side] = {"rows": len(rows), "ties": ties}
+    network = None
     if recipe.kind == "lm":
-        made, examples = _network(examples, recipe, folder, base, device, reference, trust_remote_code, tell)
-    else:
-        made = _words(examples["training"], recipe, folder, reference)
+        network = _Network.load(base, recipe, device, examples, reference, trust_remote_code)
+        examples = {side: network.readable(side, found, tell) for side, found in examples.items()}
     for side in sides:
         counts[side]["examples"] = len(examples[side])
         if not examples[side]:
             raise ValueError(f"{side}: expected at least one example, got none of {len(sides[side])} rows")
+    compared = _drawn(examples["heldout"], recipe, True) if recipe.task == "ratings" else []
+    texts = _reference(examples["training"], reference, recipe.seed)
+    if network is not None:
+        made = network.train(examples["training"], texts, recipe, folder, resume, tell)
+    else:
+        made = _words(examples["training"], texts, recipe, folder / "model")
     tell(f"measuring on {len(examples['heldout'])} held-out examples")
-    figures = measure(made, examples["heldout"], recipe)
     return {
         "task": recipe.task,
         "kind": recipe.kind,
@@ -129,7 +137,7 @@ def make(
         "data": counts,
         "training": made.training,
         "normalisation": made.way_back,
-        "heldout": figures,
+        "heldout": measure(made, examples["heldout"], compared, recipe.task),
     }
 
 
@@ -150,58 +158,85 @@ def _drawn(ratings: Sequence[Example], recipe: Recipe, heldout: bool) -> list[Ex
     return draw_comparisons(ratings, min_gap=recipe.min_gap, rounds=rounds, seed=seed)
 
 
-def measure(made: Made, heldout: Sequence[Example], recipe: Recipe) -> dict[str, Any]:
-    """Figures of the loaded model on held-out examples."""
+def measure(made: Made, heldout: Sequence[Example], compared: Sequence[Example], task: Task) -> dict[str, Any]:
+    """Figures of the loaded model on held-out examples, and on comparisons of them where they are ratings."""
     texts = list(dict.fromkeys(text for example in heldout for text in example.texts))
     scores = np.asarray(made.reward([t.prompt for t in texts], [t.response for t in texts]), dtype=np.float64)
     raw = made.way_back["scale"] * scores + made.way_back["offset"]
     known = dict(zip(texts, raw.tolist(), strict=True))
-    if recipe.task == "ratings":
-        return rating_figures(heldout, _drawn(heldout, recipe, True), known)
-    return choice_figures(recipe.task, heldout, known)
+    return rating_figures(heldout, compared, known) if task == "ratings" else choice_figures(task, heldout, known)
 
 
-def _network(
-    examples: Mapping[str, list[Example]],
-    recipe: Recipe,
-    folder: Path,
-    base: str | Path,
-    device: str,
-    reference: Sequence[Text] | None,
-    trust_remote_code: bool,
-    tell: Callable[[str], object],
-) -> tuple[Made, dict[str, list[Example]]]:
-    """A classifier, and the examples that it can read."""
-    scorer, tokenizer = load_base(base, seed=recipe.seed, trust_remote_code=trust_remote_code)
-    scorer.to(device)
-    context = context_length(scorer.classifier.config)
-    texts = [text for side in examples.values() for example in side for text in example.texts]
-    ids = encode(tokenizer, [*texts, *(reference or ())], context)
-    read = {side: [e for e in found if all(text in ids for text in e.texts)] for side, found in examples.items()}
-    for side, found in examples.items():
-        if len(read[side]) < len(found):
-            tell(
-                f"{side}: dropped {len(found) - len(read[side])} of {len(found)} examples, longer than {context} tokens"
-            )
-    learnt = read["training"]
-    if not learnt:
-        raise ValueError(f"data: expected examples of 1 to {context} tokens, got none of {len(examples['training'])}")
-    objective = objective_of(recipe.task, learnt)
-    figures = fit(
-        scorer, objective, learnt, ids, recipe.fit, seed=recipe.seed, device=device, folder=folder, tell=tell
-    )  # fmt: skip
-    known = [text for text in _reference(learnt, reference, recipe.seed) if text in ids]
-    way_back = standardise(scorer, [ids[text] for text in known], objective)
-    with no_progress_bar():
-        scorer.classifier.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    reward = ClassifierReward(folder, device=device, trust_remote_code=trust_remote_code)
-    return Made(reward, way_back, figures), read
+@dataclass(frozen=True)
+class _Network:
+    """A classifier before its training, and the texts that it can read."""
+
+    scorer: Scorer
+    """On its device."""
+    tokenizer: Any
+    """Goes into the folder, too."""
+    context: int | None
+    """Longest text, in tokens."""
+    ids: Mapping[Text, list[int]]
+    """Of the texts that it can read."""
+    trust_remote_code: bool
+    """Whether its folder may bring Python code."""
+
+    @classmethod
+    def load(
+        cls,
+        base: str | Path,
+        recipe: Recipe,
+        device: str,
+        examples: Mapping[str, Sequence[Example]],
+        reference: Sequence[Text] | None,
+        trust_remote_code: bool,
+    ) -> _Network:
+        """Put a head on the base, on the device, and encode all texts."""
+        scorer, tokenizer = load_base(base, seed=recipe.seed, trust_remote_code=trust_remote_code)
+        context = context_length(scorer.classifier.config)
+        texts = [text for side in examples.values() for example in side for text in example.texts]
+        ids = encode(tokenizer, [*texts, *(reference or ())], context)
+        return cls(scorer.to(device), tokenizer, context, ids, trust_remote_code)
+
+    def readable(self, side: str, examples: Sequence[Example], tell: Callable[[str], object]) -> list[Example]:
+        """The examples whose texts it can read."""
+        read = [example for example in examples if all(text in self.ids for text in example.texts)]
+        if len(read) < len(examples):
+            dropped = len(examples) - len(read)
+            tell(f"{side}: dropped {dropped} of {len(examples)} examples, longer than {self.context} tokens")
+        return read
+
+    def train(
+        self,
+        examples: Sequence[Example],
+        reference: Sequence[Text],
+        recipe: Recipe,
+        folder: Path,
+        resume: bool,
+        tell: Callable[[str], object],
+    ) -> Made:
+        """Train, normalise on the reference, save, load again."""
+        known = [self.ids[text] for text in reference if text in self.ids]
+        if not known:
+            raise ValueError(f"reference: expected texts of 1 to {self.context} tokens, got none of {len(reference)}")
+        objective = objective_of(recipe.task, examples)
+        figures = fit(
+            self.scorer, objective, examples, self.ids, recipe.fit,
+            seed=recipe.seed, folder=folder / "checkpoints", tell=tell, resume=resume,
+        )  # fmt: skip
+        way_back = standardise(self.scorer, known, objective)
+        with no_progress_bar():
+            self.scorer.classifier.save_pretrained(folder / "model")
+        self.tokenizer.save_pretrained(folder / "model")
+        device = self.scorer.classifier.device
+        reward = ClassifierReward(folder / "model", device=device, trust_remote_code=self.trust_remote_code)
+        return Made(reward, way_back, figures)
 
 
-def _words(examples: Sequence[Example], recipe: Recipe, folder: Path, reference: Sequence[Text] | None) -> Made:
+def _words(examples: Sequence[Example], reference: Sequence[Text], recipe: Recipe, folder: Path) -> Made:
     fitted = fit_words(recipe.task, examples, recipe.words)
-    reward, way_back = standardise_words(fitted, _reference(examples, reference, recipe.seed))
+    reward, way_back = standardise_words(fitted, reference)
     reward.save(folder)
     return Made(type(reward).load(folder), way_back, {"terms": len(reward.terms)})
 

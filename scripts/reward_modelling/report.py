@@ -76,8 +76,8 @@ def _table(title: str, bins: Sequence[Mapping[str, Any]], first: str, second: st
 
 
 def _percent(share: Mapping[str, Any]) -> str:
-    """`71.2 ± 0.8 %`."""
-    return f"{100 * share['value']:.1f} ± {100 * share['standard_error']:.1f} %"
+    """`71.2 % (69.6 to 72.8)`."""
+    return f"{100 * share['value']:.1f} % ({100 * share['low']:.1f} to {100 * share['high']:.1f})"
 
 
 def mean_error(values: Sequence[float]) -> tuple[float, float]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from scripts.reward_modelling.examples import COLUMNS, Task, Text, as_label
-from textenv.tables import read_rows
+from textenv.prompts import as_chat, chat_ids, is_messages
+from textenv.table_files import shown
+from textenv.tables import Names, Reading, parse_rows
 
-_TEXTS = ("prompt", "chosen", "rejected", "response")
+_RESPONSES = ("chosen", "rejected", "response")
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,10 @@ def read(
     tokenizer: Any,
     *,
     split_by: str | None = None,
+    chat_template: bool = False,
     strict: bool = False,
-    tell: Callable[[str], object],
-) -> list[Mapping[str, Any]]:
+) -> Reading[dict[str, Any]]:
     """Rows with plain texts and numbers.
-
-    A row that is wrong is skipped and counted, and one line tells of it; with `strict` it is an error.
 
     Args:
         source: As of `textenv.tables.read_rows`.
@@ -52,67 +52,63 @@ def read(
         columns: What they are called.
         tokenizer: Renders messages; None: there are none.
         split_by: A further column that is kept, under its own name.
-        strict: Whether a bad row is an error.
-        tell: Takes the line.
+        chat_template: Whether a prompt that is text is what the user says in the tokenizer's chat template.
+        strict: Whether bad rows are an error, or counted and skipped.
 
     Raises:
-        ValueError: If nothing is left, or for the first bad row if `strict`.
+        ValueError: If nothing is left; with `strict`, if a row is bad.
     """
-    names = asdict(columns)
     required, optional = [*COLUMNS[task]], ["prompt", *(["margin"] if task == "pairs" else [])]
     if split_by is not None and split_by not in (*required, *optional):
         required.append(split_by)
-    used = {name: names[name] for name in (*required, *optional) if name in names}
-    numbers = [name for name in ("rating", "margin") if name in used]
-    rows = read_rows(source, required, optional=optional, columns=used, numbers=numbers, strict=strict, tell=tell)
-    found, bad = [], []
-    for number, row in enumerate(rows):
-        try:
-            found.append(_plain_row(row, tokenizer))
-        except ValueError as error:
-            bad.append(f"row {number}: {error}")
-            if strict:
-                raise ValueError(bad[0]) from error
-    if not found:
-        raise ValueError(f"data: expected rows of texts, got none of {len(rows)}; the first: {bad[0]}")
-    if bad:
-        tell(f"skipped {len(bad)} of {len(rows)} rows; the first: {bad[0]}")
-    return found
+    names = _names(required, optional, columns)
+    return parse_rows(source, names, lambda row: _plain_row(row, names, tokenizer, chat_template), strict=strict)
 
 
 def read_texts(
-    source: Any, columns: Columns, tokenizer: Any, *, strict: bool, tell: Callable[[str], object]
-) -> list[Text]:
-    """Prompts and responses alone: the samples that scores are normalised on."""
-    used = {"prompt": columns.prompt, "response": columns.response}
-    rows = read_rows(source, ["response"], optional=["prompt"], columns=used, strict=strict, tell=tell)
-    plain = [_plain_row(row, tokenizer) for row in rows]
-    return [Text(row["prompt"] or "", row["response"]) for row in plain]
+    source: Any, columns: Columns, tokenizer: Any, *, chat_template: bool = False, strict: bool = False
+) -> Reading[Text]:
+    """Prompts and responses alone, read alike: the samples that scores are normalised on."""
+    names = _names(["response"], ["prompt"], columns)
+
+    def text(row: dict[str, Any]) -> Text:
+        plain = _plain_row(row, names, tokenizer, chat_template)
+        return Text(plain["prompt"] or "", plain["response"])
+
+    return parse_rows(source, names, text, strict=strict)
 
 
-def _plain_row(row: Mapping[str, Any], tokenizer: Any) -> Mapping[str, Any]:
-    plain = dict(row)
-    for name in _TEXTS:
-        if row.get(name) is not None:
-            plain[name] = _plain(name, row[name], tokenizer)
+def _names(required: Sequence[str], optional: Sequence[str], columns: Columns) -> Names:
+    called = {name: column for name, column in asdict(columns).items() if name in (*required, *optional)}
+    return Names(required, optional, called, [name for name in ("rating", "margin") if name in called])
+
+
+def _plain_row(row: dict[str, Any], names: Names, tokenizer: Any, chat_template: bool) -> dict[str, Any]:
+    """The row with text for messages and a number for a label."""
+    for name in _RESPONSES:
+        if name in row:
+            row[name] = _response(row[name], names.column(name))
+    row["prompt"] = _prompt(row["prompt"], names.column("prompt"), tokenizer, chat_template)
     if "label" in row:
-        plain["label"] = as_label(row["label"])
-    return plain
+        row["label"] = as_label(row["label"], names.column("label"))
+    return row
 
 
-def _plain(name: str, value: Any, tokenizer: Any) -> str:
-    """Text as it is, messages as a reward function of strings reads them: rendered, without special tokens."""
-    if isinstance(value, str):
-        return value
-    messages = isinstance(value, Sequence) and all(isinstance(m, Mapping) and "content" in m for m in value)
-    if not messages or not value:
-        raise ValueError(f"{name}: expected text or messages, got {value!r}")
-    if name != "prompt":
-        if len(value) != 1:
-            raise ValueError(f"{name}: expected one message, the answer to the prompt, got {len(value)}")
-        return value[0]["content"]
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("prompt: expected text, because the tokenizer has no chat template, got messages")
-    rendered = tokenizer.apply_chat_template(list(value), tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(rendered, add_special_tokens=False)["input_ids"]
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def _response(value: Any, column: str) -> str:
+    """Text as it is, or what the one message of an answer says."""
+    said = value[0].get("content") if is_messages(value) and len(value) == 1 else value
+    if not isinstance(said, str):
+        raise ValueError(f"expected text or one message, the answer to the prompt, for {column!r}, got {shown(value)}")
+    return said
+
+
+def _prompt(value: Any, column: str, tokenizer: Any, chat_template: bool) -> str | None:
+    """Text as it is, a chat as a reward function of strings reads it: rendered, without special tokens."""
+    if value and isinstance(value, str) and chat_template:
+        value = as_chat(value)
+    if is_messages(value):
+        ids = chat_ids(value, tokenizer)
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"expected text or messages for {column!r}, got {shown(value)}")
+    return value

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,52 +15,17 @@ from transformers.trainer_callback import PrinterCallback
 from scripts.reward_modelling.examples import Example, Text
 from scripts.reward_modelling.losses import Objective
 from scripts.reward_modelling.network import Scorer
+from scripts.trainer_config import TrainerConfig, last_checkpoint, training_arguments
 from textenv.rewards.batching import padded
 
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How a classifier is trained: AdamW, linear warm-up and decay, dropout off."""
-
-    epochs: int = 2
-    """Passes over the examples."""
-    batch: int = 32
-    """Examples an optimizer step, on each device."""
-    accumulate: int = 1
-    """Backward passes that a step is split into."""
-    learning_rate: float = 5e-4
-    """Peak rate; it suits models of under a million parameters. 1e-5 suits one of billions."""
-    warmup: float = 0.1
-    """Share of the steps in which the rate rises."""
-    weight_decay: float = 0.01
-    """Of the matrices."""
-    max_grad_norm: float = 1.0
-    """Longest gradient."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of matrix products; weights and head stay float32."""
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            ValueError: Naming the setting.
-        """
-        for name in ("epochs", "batch", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup: expected a share in [0, 1), got {self.warmup}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay: expected a number >= 0, got {self.weight_decay}")
-        if self.batch % self.accumulate:
-            raise ValueError(f"accumulate: expected a divisor of batch={self.batch}, got {self.accumulate}")
+FIT = TrainerConfig(
+    epochs=2, learning_rate=5e-4, schedule="linear", warmup_frac=0.1, weight_decay=0.01, batch_examples=32, bf16=False
+)
+"""Settings that suit models of under a million parameters; one of billions wants a learning rate of 1e-5."""
 
 
 class RewardTrainer(Trainer):
-    """The mean of an objective over the examples of a batch."""
+    """The mean of an objective over the examples of a step."""
 
     def __init__(
         self,
@@ -81,6 +45,14 @@ class RewardTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.objective = objective
+        self.model_accepts_loss_kwargs = True  # a loss is divided by what its step has in all, see below
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], int]:
+        """The microbatches of a step, and how many examples they hold: the last step may have a shorter one."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(len(batch["targets"]) for batch in batches)
 
     def compute_loss(
         self,
@@ -89,10 +61,11 @@ class RewardTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss, and the scores if they are asked for."""
+        """The microbatch's part of the step's mean loss, and the scores if they are asked for."""
         scores = model(inputs["input_ids"], inputs["lengths"])
         raw = self.objective.unit * scores + self.objective.centre
-        loss = self.objective.loss(raw, inputs["targets"]).mean()
+        losses = self.objective.loss(raw, inputs["targets"])
+        loss = losses.sum() / (num_items_in_batch or len(losses))
         return (loss, {"scores": scores}) if return_outputs else loss
 
 
@@ -122,54 +95,39 @@ def fit(
     objective: Objective,
     examples: Sequence[Example],
     ids: Mapping[Text, list[int]],
-    settings: FitSettings,
+    config: TrainerConfig,
     *,
     seed: int,
-    device: str,
     folder: Path,
     tell: Callable[[str], object],
+    resume: bool = False,
 ) -> dict[str, Any]:
-    """Train in place.
+    """Train in place, dropout off.
 
     Args:
-        scorer: The network.
+        scorer: The network, on the device where it trains.
         objective: What to minimise.
         examples: All of whose texts have ids.
         ids: Token ids of each text.
-        settings: How.
+        config: How.
         seed: Of the order of the examples.
-        device: `cpu` or `cuda`.
-        folder: For the Trainer, which wants one.
+        folder: Of the checkpoints, of which the newest is kept.
         tell: Takes a line now and then.
+        resume: Whether to go on from the newest checkpoint, if there is one; the weights are then what an
+            uninterrupted run would have.
 
     Returns:
-        Seconds, steps, and the losses `(step, mean since the last)`.
+        Seconds of this run, steps, and the losses `(step, mean since the last)`.
     """
     items = [([ids[text] for text in example.texts], example.target) for example in examples]
-    steps = settings.epochs * -(-len(items) // settings.batch)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch // settings.accumulate,
-        gradient_accumulation_steps=settings.accumulate,
-        learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.precision == "bfloat16",
-        logging_steps=max(1, steps // 20),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=device != "cpu",
-        use_cpu=device == "cpu",
-        seed=seed,
+    steps = config.epochs * -(-len(items) // config.batch_examples)
+    arguments = training_arguments(
+        config, folder, scorer.classifier.device, seed=seed, log_every=max(1, int(steps) // 20), own={}
     )
     began = time.perf_counter()
     trainer = RewardTrainer(objective, scorer, arguments, items, tell)
     scorer.train()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume else None)
     scorer.eval()
     losses = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
     return {"seconds": time.perf_counter() - began, "steps": trainer.state.global_step, "losses": losses}
