@@ -33,8 +33,8 @@ class EnvFlags:
     """Folder or hub name of a reward model, or `module:attribute`, an object or function of yours; the embedded model
     if absent."""
     prompts: tuple[str, ...] | None = None
-    """Files of prompts to train on (.txt, .jsonl, .json, .csv, .tsv or .parquet), each drawn alike, or by its weight if
-    written file=weight; the embedded openings if absent."""
+    """Files of prompts to train on (.txt, .jsonl, .json, .csv, .tsv, .parquet, or the folder of a saved dataset), each
+    drawn alike, or by its weight if written file=weight; the embedded openings if absent."""
     heldout: str | None = None
     """A file of prompts to evaluate on; the embedded held-out openings if absent."""
     prompt_column: str = "prompt"

@@ -108,6 +108,7 @@ def stages(flags: Flags) -> list[Stage]:
                 *("--reference", str(flags.tales), "--recipe.seed", str(flags.seed), "--out", str(reward)),
             ),
             (flags.preferences, flags.tales),
+            reward / "checkpoints",
         ),
         Stage(
             "ppo",
