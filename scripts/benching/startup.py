@@ -32,7 +32,7 @@ print(time.process_time() - cpu, time.perf_counter() - wall)
 _TEXT = """## Start-up
 
 Each in fresh processes, in turn; the environments are the default ones, made after `import textenv`, what they import
-and load included.
+and load included. Where scikit-learn is installed, transformers imports it with the first model, a second of theirs.
 
 """
 
