@@ -60,8 +60,8 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"policy": Shared(fixtures.tiny_policy()), "kl_source": "agent"}, "policy: expected None under kl_source='agent'"),
     ({"policy": None, "kl_source": "policy"}, "policy: expected a callable with kl_source='policy', got None"),
     ({"prompts": []}, "prompts: expected at least one prompt, got none"),
-    ({"prompts": ["ax", ""]}, "prompts: row 1: expected at least one token, got an empty prompt"),
-    ({"prompts": [[1], []]}, "prompts: row 1: expected at least one token, got an empty prompt"),
+    ({"prompts": ["ax", ""]}, "row 1: expected at least one token, got an empty prompt"),
+    ({"prompts": [[1], []]}, "row 1: expected at least one token, got an empty prompt"),
     (
         {"prompts": [[1, 2, 3]], "max_prompt_tokens": 2},
         "prompts: at 0: expected at most max_prompt_tokens=2 tokens, got 3",

@@ -143,7 +143,7 @@ def test_columns_are_found_by_their_names_and_bad_rows_told() -> None:
         "row 3: expected a value for 'worst', got none",
     )
     assert len(told) == 1 and told[0].endswith(f"skipped 2 of 4 rows; the first: {'; '.join(reading.problems)}")
-    with pytest.raises(ValueError, match="expected good rows, got 1 bad ones of 3; the first: row 2: expected text or"):
+    with pytest.raises(ValueError, match="expected good rows, got 1 of 3 bad; the first: row 2: expected text or"):
         read(rows[:3], "pairs", columns, None, strict=True)
     with pytest.raises(ValueError, match="expected rows, got none of 1; the first: row 0: expected text or one"):
         read(rows[2:3], "pairs", columns, None)

@@ -173,7 +173,7 @@ BAD_ROWS: list[tuple[str, str, str]] = [
 def test_a_bad_row_is_told_by_file_and_line(tmp_path: Path, suffix: str, content: str, message: str) -> None:
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(content.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match="expected good rows, got 1 bad ones of 2; the first: .*" + message):
+    with pytest.raises(ValueError, match="expected good rows, got 1 of 2 bad; the first: .*" + message):
         read_rows(path, ["a", "b"], numbers=["b"], strict=True)
     told: list[str] = []
     rows = read_rows(path, ["a", "b"], numbers=["b"], tell=told.append)
@@ -197,7 +197,7 @@ def test_the_first_few_bad_rows_are_told_and_all_are_counted(tmp_path: Path) -> 
     assert len(told) == 1 and re.match(rf"{path}: skipped 5 of 7 rows; {few}", told[0])
     problems = reading.counts.pop("problems")
     assert reading.counts == {"read": 7, "kept": 2, "skipped": 5, "problems": problems} and len(problems) == 3
-    with pytest.raises(ValueError, match=rf"^{path}: expected good rows, got 5 bad ones of 7; {few}"):
+    with pytest.raises(ValueError, match=rf"^{path}: expected good rows, got 5 of 7 bad; {few}"):
         parse_rows(path, names, str, strict=True)
 
 

@@ -193,7 +193,7 @@ def sift(source: Any, records: Iterable[Record], parse: Callable[[Any], T], *, s
         of = f" of {skipped}" if skipped else ""
         raise ValueError(f"{reading.source}: expected rows, got none{of}{reading.why}")
     if skipped and strict:
-        bad = f"{skipped} bad ones of {reading.counts['read']}"
+        bad = f"{skipped} of {reading.counts['read']} bad"
         raise ValueError(f"{reading.source}: expected good rows, got {bad}{reading.why}")
     return reading
 
