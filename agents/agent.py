@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 import agents.checkpoint as checkpoint
+import agents.compatibility as compatible
 from agents.algorithms.base import Algorithm
-from agents.compatibility import check_actions, check_parts, check_settings, check_task
 from agents.config import TrainConfig
 from agents.evaluation import Evaluation, evaluate
 from agents.metrics import rollout_metrics, update_metrics
@@ -22,7 +22,7 @@ from agents.mismatch import check_mismatch
 from agents.policy import ValueHeadLM
 from agents.rollout import Rollout, collect
 from agents.sampling import Fingerprint, Sampler, TransformersSampler
-from agents.sampling.sync import WeightSync, check_synced
+from agents.sampling.sync import Comparisons, WeightSync, check_synced
 from agents.schedule import lr_factor
 from agents.undo import undone_on_failure
 from agents.update import Step, minibatches, optimizer_steps, targets
@@ -31,10 +31,6 @@ from textenv.prompts import Prompt
 
 Callback = Callable[[int, Mapping[str, float]], Any]
 """`(updates done, metrics)`; returning False ends `learn`."""
-
-COMPARE_EVERY = 16
-"""Every so many rollouts, the first among them, the sampler is held against a forward of the trainer's all the same,
-where `old_logprobs` spares it."""
 
 
 class Agent:
@@ -75,18 +71,20 @@ class Agent:
         Raises:
             ValueError: If the environment cannot be learnt from with this policy, or the algorithm with these settings.
         """
-        check_parts(policy, envs)
+        compatible.check_parts(policy, envs)
         self.policy, self.envs, self.algorithm = policy, envs, algorithm
-        self.config = check_settings(algorithm, config)
+        self.config = compatible.check_settings(algorithm, config)
         if self.config.eval_every and not eval_prompts:
             raise ValueError("eval_prompts: expected held-out prompts, because eval_every is set, got none")
         self.task = envs.unwrapped.task
-        check_actions(envs)
-        check_task(algorithm, self.task)
+        compatible.check_evaluations(self.config, self.task)
+        compatible.check_actions(envs)
+        compatible.check_task(algorithm, self.task)
         self.sampler = sampler or TransformersSampler(policy)
         self.eval_prompts = None if eval_prompts is None else self.task.tokenize(eval_prompts)
         self.prompts = self.task.prompt_stream(seed=self.config.seed, group=algorithm.group_size)
-        self._autocast, self._sync = _autocast(self.task.device, self.config.bf16), WeightSync()
+        self._autocast = _autocast(self.task.device, self.config.bf16)
+        self._sync, self.comparisons = WeightSync(), Comparisons()
         self.optimizer = _optimizer(policy, self.config, with_critic=algorithm.critic is not None)
         self.memory: dict[str, float] = {}
         self.updates = self.collections = 0
@@ -103,7 +101,7 @@ class Agent:
         Args:
             iterations: How many updates to do now.
             callback: Called after each with the updates done and its metrics, a tracker's `log` for one.
-            folder: Where the policy that evaluated best is kept, in `best/`; needs `eval_every`.
+            folder: Where the best policy is kept, in `best/`; needs `eval_every`, and no running statistics of scores.
 
         Returns:
             The metrics of each update.
@@ -113,8 +111,8 @@ class Agent:
         """
         if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 0:
             raise ValueError(f"iterations: expected an integer >= 0, got {iterations!r}")
-        if folder is not None and not self.config.eval_every:
-            raise ValueError("folder: expected None, because eval_every is 0 and nothing is found best, got a folder")
+        if folder is not None:
+            compatible.check_best(self.config, self.task)
         if self.config.schedule_updates is None:
             self.schedule_updates = max(self.schedule_updates or 0, self.updates + iterations)
         history = []
@@ -141,12 +139,10 @@ class Agent:
                 `mismatch_alarm`. After this and any other error the agent is as it was.
         """
         # The environment may have been wrapped, or told of a policy, since.
-        check_actions(self.envs)
-        check_task(self.algorithm, self.task)
-        chosen, config = _chosen(self, prompts), self.config
-        seed = _seed(config.seed, self.collections, 0)
-        if self.collections % COMPARE_EVERY == 0:
-            config = replace(config, old_logprobs="forward")
+        compatible.check_actions(self.envs)
+        compatible.check_task(self.algorithm, self.task)
+        chosen = _chosen(self, prompts)
+        seed = _seed(self.config.seed, self.collections, 0)
         self.collections += 1
         trained = self._sync.push(self.sampler, self.policy.lm, self.updates)
         rollout = collect(
@@ -154,15 +150,16 @@ class Agent:
             self.task,
             self.sampler,
             chosen,
-            config,
+            self.config,
             seed=seed,
+            compare=self.comparisons.due(self.sampler),
             group_size=self.algorithm.group_size,
             with_values=self.algorithm.critic is not None,
             with_greedy=self.algorithm.greedy,
             charge_kl=self.algorithm.kl_loss is None,
             autocast=self._autocast,
         )
-        return _checked(rollout, trained, config.mismatch_alarm)
+        return _checked(self, rollout, trained)
 
     def update(self, rollout: Rollout) -> dict[str, float]:
         """Learn from one rollout: epochs × minibatches optimizer steps.
@@ -264,22 +261,28 @@ def _chosen(agent: Agent, prompts: Sequence[Prompt] | None) -> Sequence[Sequence
     return [agent.task.prompts[index] for index in indices]
 
 
-def _checked(rollout: Rollout, trained: Fingerprint, alarm: float | None) -> Rollout:
+def _checked(agent: Agent, rollout: Rollout, trained: Fingerprint) -> Rollout:
     """The rollout, if it is of the weights that train and its log-probs are theirs."""
     check_synced(trained, rollout.fingerprint)
-    check_mismatch(rollout.old_logprobs, rollout.behavior_logprobs, rollout.mask, alarm)
+    if rollout.trainer_logprobs is not None:
+        alarm = agent.config.mismatch_alarm
+        check_mismatch(rollout.trainer_logprobs, rollout.behavior_logprobs, rollout.mask, alarm)
+    agent.comparisons.passed(agent.sampler)
     return rollout
 
 
 def _evaluated(agent: Agent, best: Path | None) -> dict[str, float]:
     """Metrics of the held-out prompts; the best policy so far is saved there."""
     summary = agent.evaluate().summary
+    metrics = {f"eval/{name}": value for name, value in summary.items()}
+    if agent.task.reward.learns:  # what is optimised changes: no objective holds throughout
+        return metrics
     objective = summary["score_mean"] - agent.task.kl_coef * summary["kl_mean"]
     if objective > agent.best_objective:
         agent.best_objective = objective
         if best is not None:
             agent.save(best)
-    return {f"eval/{name}": value for name, value in summary.items()} | {"eval/objective": objective}
+    return metrics | {"eval/objective": objective}
 
 
 def _autocast(device: torch.device, bf16: bool | None) -> Callable[[], AbstractContextManager]:

@@ -10,6 +10,7 @@ from agents.algorithms.recipes import from_config
 from agents.config import PPOConfig, TrainConfig
 from agents.policy import ValueHeadLM
 from textenv.env import TextEnv
+from textenv.rewards.running import in_fixed_units
 from textenv.task import Task
 from textenv.vector_env import TextVectorEnv
 
@@ -76,6 +77,32 @@ def _acts(config: PPOConfig, algorithm: Algorithm) -> bool:
     described = from_config(config)
     same = {"estimator": described.estimator, "objective": described.objective, "critic": described.critic}
     return algorithm == replace(algorithm, **same)
+
+
+def check_evaluations(config: TrainConfig, task: Task) -> None:
+    """Raise unless what is to be evaluated now and then has scores that compare.
+
+    Raises:
+        ValueError: If the reward has statistics of its own, and no units that they do not move.
+    """
+    if config.eval_every:
+        with in_fixed_units(task.reward):
+            pass
+
+
+def check_best(config: TrainConfig, task: Task) -> None:
+    """Raise unless a policy can be found best.
+
+    Raises:
+        ValueError: If none is evaluated, or what is optimised changes.
+    """
+    if not config.eval_every:
+        raise ValueError("folder: expected None, because eval_every is 0 and nothing is found best, got a folder")
+    if task.reward.learns:
+        raise ValueError(
+            "folder: expected None, because the reward's running statistics change what is optimised, and no objective "
+            "holds throughout, got a folder; policies that are kept on the way can be compared afterwards"
+        )
 
 
 def check_actions(envs: Any) -> None:

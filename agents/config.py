@@ -59,7 +59,7 @@ class TrainConfig:
     """An update stops before the step at which KL(π_old‖π) per token exceeds this; None: it never does."""
     old_logprobs: OldLogprobs = "forward"
     """Whose log π_old is: that of the trainer's own forward over each rollout, or the sampler's, which spares the
-    forward; every 16th rollout is then still compared."""
+    forward but in every 16th rollout, where the two are compared."""
     correction: CorrectionLevel = "token"
     """Importance weights of the policy's loss where sampler and trainer differ (`agents.mismatch`)."""
     correction_cap: float = 2.0

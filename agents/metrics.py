@@ -31,8 +31,8 @@ def rollout_metrics(rollout: Rollout, returns: Tensor | None, task: Task) -> dic
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
     }
-    if rollout.old_logprobs is not rollout.behavior_logprobs:  # else nothing was compared
-        gap = mismatch(rollout.old_logprobs, rollout.behavior_logprobs, rollout.mask)
+    if rollout.trainer_logprobs is not None:
+        gap = mismatch(rollout.trainer_logprobs, rollout.behavior_logprobs, rollout.mask)
         metrics |= {f"sampler/{name}": float(value) for name, value in gap._asdict().items()}
     if returns is not None:
         metrics["value/mean"] = float(masked_mean(rollout.values, rollout.mask))

@@ -74,6 +74,8 @@ class Rollout:
     """Of the weights that the sampler says that it drew from; None: it says nothing."""
     memory: Mapping[str, float] = field(default_factory=dict)
     """What the estimator remembers of earlier updates; the agent fills it in."""
+    trainer_logprobs: Tensor | None = None
+    """`[B, T]`: log π of the trainer's own forward, to hold the sampler against; None: it was spared."""
     score_parts: Mapping[str, Tensor] = field(default_factory=dict)
     """`[B]` each: what the reward function says that the scores were made of."""
 
@@ -102,14 +104,17 @@ class Rollout:
         return replace(self, **parts, score_parts={name: part[rows] for name, part in self.score_parts.items()})
 
 
-def sample_responses(sampler: Sampler, task: Task, prompts: Sequence[Sequence[int]], seed: int) -> Samples:
-    """One response a prompt, at the environment's temperature, stop tokens and length."""
+def sample_responses(
+    sampler: Sampler, task: Task, prompts: Sequence[Sequence[int]], seed: int, *, greedy: bool = False
+) -> Samples:
+    """One response a prompt, at the environment's temperature, stop tokens and length; or the most likely tokens."""
     return sampler.sample(
         prompts,
         max_new_tokens=task.options.max_new_tokens,
         stop_token_ids=task.stop_token_ids,
         temperature=task.options.temperature,
         seed=seed,
+        greedy=greedy,
     )
 
 
@@ -122,6 +127,7 @@ def collect(
     config: TrainConfig,
     *,
     seed: int,
+    compare: bool = True,
     group_size: int = 1,
     with_values: bool = True,
     with_greedy: bool = False,
@@ -135,9 +141,10 @@ def collect(
         task: The environment's; pays the rewards.
         sampler: Draws the responses from the same weights.
         prompts: As token ids; B is their number times `group_size`.
-        config: Its `forward_episodes`, `old_logprobs` and `score_clip`; and `gamma` and `whiten_rewards`, because the
-            first returns set the value scale.
+        config: Of these settings, those of forwards and rewards act.
         seed: Of the samples.
+        compare: Whether the trainer's log-probs are computed, too, where the sampler's are taken; they always are of
+            a sampler that does not say which weights it drew from.
         group_size: Responses to each prompt, side by side.
         with_values: Whether there is a critic to ask.
         with_greedy: Whether each prompt's greedy response is sampled and scored too.
@@ -153,20 +160,20 @@ def collect(
     start = time.perf_counter()
     with autocast():
         samples = sample_responses(sampler, task, prompts, seed)
-        greedy_samples = _greedy_responses(sampler, task, each) if with_greedy else None
+        greedy = sample_responses(sampler, task, each, 0, greedy=True) if with_greedy else None
     sampled = time.perf_counter()
     ids, starts, lengths, behavior = _padded(prompts, samples, task.device)
+    with_logprobs = compare or config.old_logprobs == "forward" or samples.fingerprint is None
     with autocast():
-        old = _evaluate(policy, task, ids, starts, lengths, config, with_values)
+        old = _evaluate(policy, task, ids, starts, lengths, config, with_values, with_logprobs)
+    own = old.logprobs if with_logprobs else None
     if config.old_logprobs == "sampler":
         old = old._replace(logprobs=behavior, entropy=-behavior)
     evaluated = time.perf_counter()
     record = replay(task, prompts, samples.responses, old.logprobs, reference_scope=autocast)
-    rewards = _charged(task, record, _clipped(record, config.score_clip), old.logprobs if charge_kl else None)
-    greedy = None if greedy_samples is None else _greedy_returns(task, each, greedy_samples, config.score_clip)
-    values, bootstrap_values = old.values, old.bootstrap_values
+    rewards = _rewards(task, record, config.score_clip, old.logprobs if charge_kl else None)
     if with_values and policy.value_head.value_count == 0:
-        values, bootstrap_values = _first_values(policy.value_head, old, rewards, record.mask, config)
+        old = _with_first_values(policy.value_head, old, rewards, record.mask, config)
     rewarded = time.perf_counter()
     return Rollout(
         ids=record.ids,
@@ -178,17 +185,18 @@ def collect(
         behavior_logprobs=behavior,
         ref_logprobs=record.ref_logprobs,
         entropy=old.entropy,
-        values=values,
-        bootstrap_values=bootstrap_values,
+        values=old.values,
+        bootstrap_values=old.bootstrap_values,
         scores=record.scores,
         scored=record.scored,
         truncated=record.truncated,
         finish_reasons=record.finish_reasons,
         seconds={"sample": sampled - start, "evaluate": evaluated - sampled, "reward": rewarded - evaluated},
         groups=torch.arange(len(prompts), device=task.device) // group_size,
-        greedy=None if greedy is None else greedy.repeat_interleave(group_size),
+        greedy=None if greedy is None else _greedy_returns(task, prompts, greedy, config.score_clip, group_size),
         task_rewards=_without_kl(record, config.score_clip),
         fingerprint=samples.fingerprint,
+        trainer_logprobs=own,
         score_parts=record.score_parts,
     )
 
@@ -207,35 +215,33 @@ def _padded(
     )
 
 
-def _first_values(
+def _with_first_values(
     head: ValueHead, old: Evaluation, rewards: Tensor, mask: Tensor, config: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """Values and bootstrap values of a critic that has no scale yet: the first returns set it."""
+) -> Evaluation:
+    """What a critic that has no scale yet foresees: the first returns set it."""
     learnt = whiten(rewards, mask, shift_mean=False) if config.whiten_rewards else rewards
     if not first_value_scale(head, discounted_returns(learnt, config.gamma), mask):
-        return old.values, old.bootstrap_values
+        return old
     # A new critic foresees the mean of the first returns, from these episodes on.
     mean = head.value_mean.float()
-    return torch.where(mask, mean, 0.0), mean.expand_as(old.bootstrap_values)
-
-
-def _clipped(record: ReplayRecord, score_clip: float | None) -> Tensor:
-    """The environment's rewards, the scores in them clipped."""
-    if score_clip is None:
-        return record.rewards
-    paid = record.reward_parts["score"]
-    return record.rewards - paid + paid.clamp(-score_clip, score_clip)
+    return old._replace(values=torch.where(mask, mean, 0.0), bootstrap_values=mean.expand_as(old.bootstrap_values))
 
 
 def _without_kl(record: ReplayRecord, score_clip: float | None) -> Tensor:
     """Score and penalties, whoever charges the KL: added up, because taking the KL away again would round."""
+    return _paid(record, score_clip) + record.reward_parts["missing_eos"]
+
+
+def _paid(record: ReplayRecord, score_clip: float | None) -> Tensor:
     paid = record.reward_parts["score"]
-    clipped = paid if score_clip is None else paid.clamp(-score_clip, score_clip)
-    return clipped + record.reward_parts["missing_eos"]
+    return paid if score_clip is None else paid.clamp(-score_clip, score_clip)
 
 
-def _charged(task: Task, record: ReplayRecord, rewards: Tensor, logprobs: Tensor | None) -> Tensor:
-    """Rewards with the KL charged exactly once; None: a loss charges it."""
+def _rewards(task: Task, record: ReplayRecord, score_clip: float | None, logprobs: Tensor | None) -> Tensor:
+    """The environment's, the scores in them clipped, with the KL charged exactly once; None: a loss charges it."""
+    rewards = record.rewards
+    if score_clip is not None:
+        rewards = rewards - record.reward_parts["score"] + _paid(record, score_clip)
     if logprobs is None:
         return rewards
     return kl.charge(
@@ -249,22 +255,12 @@ def _charged(task: Task, record: ReplayRecord, rewards: Tensor, logprobs: Tensor
     )
 
 
-def _greedy_responses(sampler: Sampler, task: Task, prompts: Sequence[Sequence[int]]) -> Samples:
-    """The most likely token at each place, one response a prompt."""
-    return sampler.sample(
-        prompts,
-        max_new_tokens=task.options.max_new_tokens,
-        stop_token_ids=task.stop_token_ids,
-        temperature=task.options.temperature,
-        seed=0,
-        greedy=True,
-    )
-
-
-def _greedy_returns(task: Task, prompts: Sequence[Sequence[int]], samples: Samples, score_clip: float | None) -> Tensor:
-    """What those were paid, `[prompts]`: score and penalties, whoever charges the KL."""
-    record = replay(task, prompts, samples.responses)
-    return _without_kl(record, score_clip).sum(1)
+def _greedy_returns(
+    task: Task, prompts: Sequence[Sequence[int]], samples: Samples, score_clip: float | None, group_size: int
+) -> Tensor:
+    """What the greedy response to each group's prompt was paid, `[B]`: score and penalties, whoever charges the KL."""
+    record = replay(task, prompts[::group_size], samples.responses)
+    return _without_kl(record, score_clip).sum(1).repeat_interleave(group_size)
 
 
 def _evaluate(
@@ -275,9 +271,9 @@ def _evaluate(
     lengths: Tensor,
     config: TrainConfig,
     with_values: bool,
+    with_logprobs: bool,
 ) -> Evaluation:
     """`policy.evaluate` in microbatches."""
-    with_logprobs = config.old_logprobs == "forward"
     parts = [
         policy.evaluate(
             ids[rows],

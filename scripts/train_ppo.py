@@ -116,7 +116,7 @@ def learn(flags: Flags, agent: Agent) -> None:
             agent.learn(
                 max(0, flags.iterations - agent.updates),
                 after_update,
-                folder=flags.out if agent.config.eval_every else None,
+                folder=flags.out if agent.config.eval_every and not agent.task.reward.learns else None,
             )
         except (*FAILURES, RewardError):
             if agent.updates:  # it is as it was before the rollout: `--resume` goes on from here

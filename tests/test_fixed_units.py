@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from agents import PPO, ValueHeadLM, evaluate
+from agents import PPO, evaluate
 from tests.agent_fixtures import PROMPTS, even_share, make_agent, make_env, make_policy, small_config
 from textenv.rewards import (
     Affine,
@@ -65,6 +64,8 @@ def moved(reward: Any) -> Reward:
         (RunningNormalization(Clip(First(), 0, 7)), [4, 7]),  # clipped before it is normalised: in units of s
         (Clip(NORMAL, -3, 3), [4, 10]),  # bounds in standard deviations clip no raw score
         (Clip(Clip(NORMAL, -3, 3), -2, 2), [4, 10]),
+        (Clip(LengthControlled(First()), 0, 7), [4, 7]),  # in units of s, which do not move
+        (Clip(LengthControlled(NORMAL), 0, 7), [4, 10]),
         (WeightedSum({"a": (Clip(NORMAL, -3, 3), 0.5), "b": (Clip(First(), 0, 7), 2.0)}), [0.5 * 4 + 8, 0.5 * 10 + 14]),
         (Affine(NORMAL, gain=-2.0, bias=1.0), [-7, -19]),
         (LengthPenalty(NORMAL, coef=0.5), [3, 8]),
@@ -149,29 +150,24 @@ def test_before_and_after_are_in_the_units_of_the_raw_score() -> None:
     assert evaluations[0].responses != evaluations[1].responses
 
 
-def test_a_policy_that_stands_still_is_not_found_better_because_statistics_move(tmp_path: Path) -> None:
+def test_a_policy_that_stands_still_scores_the_same_while_statistics_move() -> None:
     config = small_config(learning_rate=0.0, eval_every=1)
     agent = PPO(make_policy(), make_env(reward=RunningNormalization(Even())), config, eval_prompts=PROMPTS)
-    rows = agent.learn(3, folder=tmp_path)
-    assert len({row["eval/objective"] for row in rows}) == 1
-    assert json.loads((tmp_path / "best" / "trainer.json").read_text())["updates"] == 1
+    rows = agent.learn(3)
+    assert len({row["eval/score_mean"] for row in rows}) == 1
+    assert not any("eval/objective" in row for row in rows)
 
 
-def test_the_best_checkpoint_is_the_best_by_raw_score(tmp_path: Path) -> None:
-    config = small_config(eval_every=1, learning_rate=3e-3)
-    envs = make_env(reward=RunningNormalization(Even(), decay=0.5))
-    agent = PPO(make_policy(), envs, config, eval_prompts=PROMPTS)
-    objectives: list[float] = []
+def test_none_is_found_best_where_what_is_optimised_changes(tmp_path: Path) -> None:
+    for reward in (RunningNormalization(Even()), LengthControlled(Even())):
+        agent = PPO(make_policy(), make_env(reward=reward), small_config(eval_every=1), eval_prompts=PROMPTS)
+        with pytest.raises(ValueError, match=r"^folder: expected None, because the reward's running statistics"):
+            agent.learn(1, folder=tmp_path)
+        assert agent.updates == 0
 
-    def note(update: int, metrics: Any) -> None:
-        found = agent.evaluate()
-        raw = sum(by_hand(found.responses)) / len(PROMPTS)
-        assert metrics["eval/score_mean"] == pytest.approx(raw)
-        objectives.append(raw - 0.1 * sum(found.kls) / len(PROMPTS))
 
-    agent.learn(6, note, folder=tmp_path)
-    best = max(range(6), key=objectives.__getitem__)
-    assert json.loads((tmp_path / "best" / "trainer.json").read_text())["updates"] == best + 1
-    saved = ValueHeadLM.from_pretrained(tmp_path / "best", dtype=torch.float32)
-    found = evaluate(saved, agent.envs, PROMPTS)
-    assert sum(by_hand(found.responses)) / 6 - 0.1 * sum(found.kls) / 6 == pytest.approx(max(objectives), abs=1e-5)
+def test_a_reward_without_fixed_units_is_refused_before_anything_is_learnt() -> None:
+    envs = make_env(reward=WeightedSum({"own": (Own(), 1.0)}))
+    PPO(make_policy(), envs, small_config())
+    with pytest.raises(ValueError, match=r"^reward 'own': expected a method fixed_units"):
+        PPO(make_policy(), envs, small_config(eval_every=1), eval_prompts=PROMPTS)

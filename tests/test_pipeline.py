@@ -73,7 +73,11 @@ def test_what_was_made_of_an_older_result_is_made_anew(runner: Runner) -> None:
     runner.again()
     shutil.rmtree(runner.flags.out / "reward")
     assert runner.again(failing="reward") == ["reward"]
-    assert runner.again() == ["reward resumed", "ppo", "evaluation"]  # PPO from its beginning: its checkpoint was of the older
+    assert runner.again() == [
+        "reward resumed",
+        "ppo",
+        "evaluation",
+    ]  # PPO from its beginning: its checkpoint was of the older
 
 
 def test_a_mistyped_flag_does_not_keep_a_folder(runner: Runner) -> None:

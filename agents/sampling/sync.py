@@ -98,6 +98,29 @@ def checksum(tensor: Tensor) -> int:
     return int(total) % _MODULUS
 
 
+COMPARE_EVERY = 16
+"""Where `old_logprobs` spares the trainer's forward, the first rollout of a sampler and every so many after it are held
+against one all the same."""
+
+
+class Comparisons:
+    """When a sampler's numbers are held against the trainer's."""
+
+    def __init__(self) -> None:
+        """No sampler yet."""
+        self._sampler: Any = None
+        self._done = 0
+
+    def due(self, sampler: Any) -> bool:
+        """Whether its next rollout is one of them."""
+        return sampler is not self._sampler or self._done % COMPARE_EVERY == 0
+
+    def passed(self, sampler: Any) -> None:
+        """A rollout of it has come through all checks."""
+        self._done = 1 if sampler is not self._sampler else self._done + 1
+        self._sampler = sampler
+
+
 def check_synced(ours: Fingerprint, theirs: Fingerprint | None) -> None:
     """Refuse samples of weights that are not those that train.
 

@@ -151,8 +151,10 @@ class BoundClip(Mapped):
 
     @contextmanager
     def fixed_units(self) -> Iterator[None]:
-        """Inside, nothing is clipped: the bounds are in the units of what moves below."""
-        law, self.law = self.law, lambda scores, lengths: scores
+        """Inside, nothing is clipped if the bounds are in units that move below."""
+        law = self.law
+        if self.children["raw"].moves_units:
+            self.law = lambda scores, lengths: scores
         try:
             yield
         finally:

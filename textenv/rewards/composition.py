@@ -49,6 +49,11 @@ class Composed:
         """Whether a child has running statistics."""
         return any(child.learns for child in self.children.values())
 
+    @property
+    def moves_units(self) -> bool:
+        """Whether a child's statistics move the unit of its scores."""
+        return any(child.moves_units for child in self.children.values())
+
     def update(self, scores: Scores) -> None:
         """Give each child what it said itself."""
         for name, child in self.children.items():

@@ -101,6 +101,12 @@ class Reward:
         own = getattr(self.function, "learns", callable(getattr(self.function, "update", None)))
         return bool(own) or (self.outcome is not None and self.outcome.learns)
 
+    @property
+    def moves_units(self) -> bool:
+        """Whether `update` moves the unit of its scores; of a function's own statistics it is supposed."""
+        own = getattr(self.function, "moves_units", callable(getattr(self.function, "update", None)))
+        return bool(own) or (self.outcome is not None and self.outcome.moves_units)
+
     def update(self, scores: Scores) -> None:
         """Move running statistics, if there are any; nothing else ever moves them.
 

@@ -87,6 +87,11 @@ class RunningLaw(Protocol):
         """Whether the vectors are (score, length) or scores alone."""
         ...
 
+    @property
+    def moves_units(self) -> bool:
+        """Whether mapped scores are in a unit that the moments say."""
+        ...
+
     def apply(self, moments: Moments, scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """Scores `[n]`, from raw ones."""
         ...
@@ -114,6 +119,11 @@ class Running(Mapped):
     def learns(self) -> bool:
         """It has running statistics."""
         return True
+
+    @property
+    def moves_units(self) -> bool:
+        """Whether its own statistics, or those below, move the unit of its scores."""
+        return self.running.moves_units or super().moves_units
 
     def _by_moments(self, scores: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         return self.running.apply(self.moments, scores, lengths)
@@ -151,8 +161,8 @@ class Running(Mapped):
 def in_fixed_units(reward: Reward) -> Iterator[None]:
     """Inside, the reward scores in units that no `update` moves, so that scores of different times compare.
 
-    Its running statistics are as before the first update, and what clips a score of theirs does not; the rest of a
-    combination acts as ever. Afterwards everything is as it was.
+    Its running statistics are as before the first update, and what clips in a unit that they move does not; the rest of
+    a combination acts as ever. Afterwards everything is as it was.
 
     Raises:
         ValueError: If a reward with an `update` of its own has no `fixed_units`, a context in which they do not move.
@@ -202,6 +212,7 @@ class RunningNormalization:
     center: bool = True
     """Whether μ is subtracted."""
     with_length = False
+    moves_units = True
 
     def __post_init__(self) -> None:
         """Check the decay."""
@@ -234,6 +245,7 @@ class LengthControlled:
     decay: float = 1.0
     """What an update leaves of the past's weight."""
     with_length = True
+    moves_units = False
 
     def __post_init__(self) -> None:
         """Check the decay."""
