@@ -20,7 +20,7 @@ from rich.markup import escape
 import textenv
 from agents import TransformersSampler, ValueHeadLM
 from scripts.options import device_of, run
-from scripts.trained import Trained, shown
+from scripts.trained import TrainedWith, shown
 from textenv.models import load_tokenizer
 from textenv.prompts import tokenize_prompts
 from textenv.rewards.base import TextDecoder
@@ -68,7 +68,7 @@ def main(flags: Flags) -> None:
     if stops is None:
         stops = () if eos is None else (eos,)
     sampler, decode = TransformersSampler(policy), TextDecoder(tokenizer, frozenset(stops))
-    trained, seed = Trained.load(source), flags.seed
+    trained, seed = TrainedWith.load(source), flags.seed
     if trained is not None:
         taken = {name: getattr(flags, name) for name in SAMPLING if trained.env[name] == getattr(flags, name)}
         console.print(f"[dim]as it was trained: {escape(shown(taken))}[/]", highlight=False)
@@ -100,7 +100,7 @@ def parse(args: Sequence[str] | None = None) -> Flags:
         ValueError: If another version wrote that.
     """
     choice, _ = tyro.cli(Choice, args=args, return_unknown_args=True, add_help=False)
-    trained, default = None if choice.model is None else Trained.load(choice.model), Flags()
+    trained, default = None if choice.model is None else TrainedWith.load(choice.model), Flags()
     if trained is not None:
         default = replace(default, **{name: trained.env[name] for name in SAMPLING})
     return tyro.cli(Flags, args=args, default=default, description=__doc__)

@@ -33,7 +33,7 @@ from agents.assessment import Assessment, assess
 from agents.evaluation_metrics import SecondReward, compare, distinct, second_score
 from agents.evaluation_report import print_evaluation, write_evaluation
 from scripts.options import EnvFlags, bound_reward, device_of, heldout_prompts, is_code, make_env, run
-from scripts.trained import Trained, lines, shown
+from scripts.trained import TrainedWith, runs_joined, shown
 from textenv.rewards.reward import Ids
 from textenv.rewards.running import in_fixed_units
 from textenv.task import Task
@@ -78,7 +78,7 @@ def main(flags: Flags) -> None:
         torch.set_num_threads(flags.threads)
     given, flags, console = flags.env, resolved(flags), Console()
     policies = named_policies(flags)
-    trained = {name: Trained.load(source) for name, source in policies.items()}
+    trained = {name: TrainedWith.load(source) for name, source in policies.items()}
     reference, reward = (escape(str(name)) for name in (flags.env.reference, flags.env.reward))
     console.print(f"[dim]reference[/] {reference}   [dim]reward[/] {reward}", highlight=False)
     tell(console, flags, given, trained)
@@ -106,7 +106,7 @@ def main(flags: Flags) -> None:
             )
         )
     results = compare(assessments, second, flags.tolerance)
-    joined = lines(trained, given, "reference" if flags.baseline is None else None)
+    joined = runs_joined(trained, given, "reference" if flags.baseline is None else None)
     write_evaluation(flags.out, results, asdict(flags), second_name=title, lines=joined)
     print_evaluation(console, results, second_name=title, limit=flags.samples)
     console.print(f"[dim]report[/] {flags.out}/report.html", highlight=False)
@@ -119,7 +119,7 @@ def parse(args: Sequence[str] | None = None) -> Flags:
         ValueError: If another version wrote that, or if the reward is code that nobody named here or trusts.
     """
     choice, _ = tyro.cli(Choice, args=args, return_unknown_args=True, add_help=False)
-    trained = None if choice.model is None else Trained.load(named("model", choice.model)[1])
+    trained = None if choice.model is None else TrainedWith.load(named("model", choice.model)[1])
     env = EnvFlags() if trained is None else trained.flags()
     code = env.reward if env.reward is not None and is_code(env.reward) else None
     default = Flags(model=tyro.MISSING, env=env if code is None else replace(env, reward=None))
@@ -142,7 +142,7 @@ class Choice:
     """As in `Flags`."""
 
 
-def tell(console: Console, flags: Flags, given: EnvFlags, trained: Mapping[str, Trained | None]) -> None:
+def tell(console: Console, flags: Flags, given: EnvFlags, trained: Mapping[str, TrainedWith | None]) -> None:
     """Say what was taken from the model's folder, and which policies were trained with something else than is used."""
     name, source = named("model", flags.model)
     own = trained[name]

@@ -38,7 +38,7 @@ from agents.tracking import MetricsFile, Progress, TensorBoard, Trackers, read_m
 from scripts.options import device_of, heldout_prompts, make_env, run
 from scripts.ppo_flags import Flags, Name, chosen
 from scripts.samplers import longest, make_sampler
-from scripts.trained import FILE, Trained
+from scripts.trained import FILE, TrainedWith
 from textenv.rewards import RewardError
 
 FAILURES = (SamplerFailure, SamplerMismatch, ConnectionError, TimeoutError)
@@ -131,10 +131,10 @@ def keep(flags: Flags, agent: Agent, folder: Path) -> None:
     trained(flags, agent).save(folder)
 
 
-def trained(flags: Flags, agent: Agent) -> Trained:
+def trained(flags: Flags, agent: Agent) -> TrainedWith:
     """What the policy is trained with."""
     lora = flags.policy.lora_rank > 0
-    return Trained.of(flags.env, flags.policy.model, run=flags.out, updates=agent.updates, lora=lora)
+    return TrainedWith.of(flags.env, flags.policy.model, run=flags.out, updates=agent.updates, lora=lora)
 
 
 def parse(args: Sequence[str] | None = None) -> Flags:

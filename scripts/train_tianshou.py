@@ -29,7 +29,7 @@ from agents.adapters import tianshou_bridge as bridge
 from agents.report import print_comparison, write_report
 from agents.tracking import MetricsFile, Progress, Trackers, read_metrics
 from scripts.options import EnvFlags, device_of, heldout_prompts, make_env, run
-from scripts.trained import Trained
+from scripts.trained import TrainedWith
 from textenv.wrappers import VectorTopKActions
 
 Name = Literal["ppo", "a2c", "reinforce", "npg", "trpo", "dqn", "sac"]
@@ -92,7 +92,7 @@ def main(flags: Flags) -> None:
     logger.finalize()
     console.print(f"trained in {time.perf_counter() - start:.0f} s")
     policy.save_pretrained(flags.out / "policy", setup.venv.task.tokenizer)
-    trained = Trained.of(flags.env, flags.policy.model, run=flags.out, updates=flags.config.iterations)
+    trained = TrainedWith.of(flags.env, flags.policy.model, run=flags.out, updates=flags.config.iterations)
     trained.save(flags.out / "policy")
     after = evaluate(policy, setup.venv.envs, heldout)
     write_report(flags.out, read_metrics(flags.out / "metrics.jsonl"), before, after, asdict(flags))

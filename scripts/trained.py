@@ -31,7 +31,7 @@ SETTINGS = (
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedWith:
     """One policy of one run."""
 
     env: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Trained:
     """Whether the run began as the reference."""
 
     @classmethod
-    def of(cls, env: EnvFlags, model: str | None, *, run: Path, updates: int, lora: bool = False) -> Trained:
+    def of(cls, env: EnvFlags, model: str | None, *, run: Path, updates: int, lora: bool = False) -> TrainedWith:
         """The settings of a run as its flags give them, the reference named.
 
         Args:
@@ -64,7 +64,7 @@ class Trained:
         (folder / FILE).write_text(text + "\n", encoding="utf8")
 
     @classmethod
-    def load(cls, folder: str | Path) -> Trained | None:
+    def load(cls, folder: str | Path) -> TrainedWith | None:
         """What was saved beside a policy; None where nothing was, or the name is no folder's.
 
         Raises:
@@ -109,7 +109,7 @@ def shown(settings: Mapping[str, Any]) -> str:
     return printable(", ".join(told))
 
 
-def lines(policies: Mapping[str, Trained | None], env: EnvFlags, start: str | None) -> list[list[str]]:
+def runs_joined(policies: Mapping[str, TrainedWith | None], env: EnvFlags, start: str | None) -> list[list[str]]:
     """The names of the policies of each run, first things first: what the frontier joins.
 
     Args:

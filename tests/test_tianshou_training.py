@@ -196,7 +196,7 @@ def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_script_runs(name: str, tmp_path: Path, tiny_lm_folder: Path, tiny_reward_folder: Path) -> None:
     pytest.importorskip("tyro")
     from scripts import train_tianshou
-    from scripts.trained import Trained
+    from scripts.trained import TrainedWith
 
     (tmp_path / "prompts.txt").write_text("w5 w6\nw7\nw8 w9 w10\n")
     options = {
@@ -221,7 +221,7 @@ def test_the_script_runs(name: str, tmp_path: Path, tiny_lm_folder: Path, tiny_r
     assert (tmp_path / "out" / "report.html").exists() and list((tmp_path / "out" / "tensorboard").iterdir())
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2
     ValueHeadLM.from_pretrained(tmp_path / "out" / "policy")
-    trained = Trained.load(tmp_path / "out" / "policy")
+    trained = TrainedWith.load(tmp_path / "out" / "policy")
     assert trained is not None and trained.updates == 2
     assert trained.env["reference"] == str(tiny_lm_folder) and trained.env["max_new_tokens"] == 4
 

@@ -15,7 +15,7 @@ tyro = pytest.importorskip("tyro")
 
 from scripts import chat, evaluate, train_ppo  # noqa: E402
 from scripts.options import EnvFlags  # noqa: E402
-from scripts.trained import FILE, Trained, lines, shown  # noqa: E402
+from scripts.trained import FILE, TrainedWith, runs_joined, shown  # noqa: E402
 from tests.test_evaluate_script import REWARDS  # noqa: E402
 from tests.test_scripts import restored  # noqa: E402, F401 - of grad mode, which a chat turns off
 
@@ -120,9 +120,9 @@ def test_kept_policies_are_a_line_of_the_frontier(
     policies = sorted(Path("run/policies").iterdir())
     assert [path.name for path in policies] == ["000002", "000004"]
     for folder, updates in (("policies/000002", 2), ("policies/000004", 4), ("policy", 4), ("checkpoint", 4)):
-        trained = Trained.load(f"run/{folder}")
+        trained = TrainedWith.load(f"run/{folder}")
         assert trained is not None and (trained.updates, trained.run) == (updates, str(tmp_path / "run"))
-    best, state = Trained.load("run/best"), json.loads(Path("run/best/trainer.json").read_text())
+    best, state = TrainedWith.load("run/best"), json.loads(Path("run/best/trainer.json").read_text())
     assert best is not None and best.updates == state["updates"]
 
     joined: list[Any] = []
@@ -135,8 +135,8 @@ def test_kept_policies_are_a_line_of_the_frontier(
     assert joined == [[["reference", "000002", "000004", "model"]], [["000002", "model"]]]
 
 
-def trained(run: str, updates: int, *, model: str | None = None, **env: Any) -> Trained:
-    return Trained.of(replace(EnvFlags(), **env), model, run=Path(run), updates=updates)
+def trained(run: str, updates: int, *, model: str | None = None, **env: Any) -> TrainedWith:
+    return TrainedWith.of(replace(EnvFlags(), **env), model, run=Path(run), updates=updates)
 
 
 def test_only_policies_of_one_run_are_joined() -> None:
@@ -148,16 +148,16 @@ def test_only_policies_of_one_run_are_joined() -> None:
         "model": None,
     }
     env = EnvFlags(reference="hub/x")
-    assert lines(policies, env, "reference") == [["reference", "early", "late"], ["other"]]
-    assert lines(policies, env, None) == [["early", "late"], ["other"]]
-    assert lines(policies, EnvFlags(reference="hub/y"), "reference") == [["early", "late"], ["other"]]
+    assert runs_joined(policies, env, "reference") == [["reference", "early", "late"], ["other"]]
+    assert runs_joined(policies, env, None) == [["early", "late"], ["other"]]
+    assert runs_joined(policies, EnvFlags(reference="hub/y"), "reference") == [["early", "late"], ["other"]]
 
 
 def test_the_reference_is_what_was_the_reference(task: list[str], tmp_path: Path) -> None:
     class Done:
         updates = 7
 
-    def of(*given: str) -> Trained:
+    def of(*given: str) -> TrainedWith:
         return train_ppo.trained(train_ppo.parse(list(given)), Done())  # type: ignore[arg-type]
 
     assert (of().env["reference"], of().from_reference) == (None, True)
@@ -170,9 +170,9 @@ def test_the_reference_is_what_was_the_reference(task: list[str], tmp_path: Path
 
 def test_the_file_trusts_nobody_and_comes_back(tmp_path: Path) -> None:
     given = EnvFlags(stop_token_ids=(1, 7), temperature=0.5, trust_remote_code=True, reward="a:b", kl_coef=3.0)
-    saved = Trained.of(given, None, run=tmp_path, updates=3)
+    saved = TrainedWith.of(given, None, run=tmp_path, updates=3)
     saved.save(tmp_path)
-    assert Trained.load(tmp_path) == saved
+    assert TrainedWith.load(tmp_path) == saved
     assert saved.flags() == replace(given, trust_remote_code=False, kl_coef=EnvFlags().kl_coef)
     assert shown(saved.kept(given)) == "reward a:b, stop_token_ids (1, 7), temperature 0.5"
     text = (tmp_path / FILE).read_text()
@@ -182,8 +182,8 @@ def test_the_file_trusts_nobody_and_comes_back(tmp_path: Path) -> None:
     for other in (*broken, text.replace('"env": {', '"env": {"more": 1,'), text.replace('"updates"', '"steps"')):
         (tmp_path / FILE).write_text(other)
         with pytest.raises(ValueError, match=message):
-            Trained.load(tmp_path)
-    assert Trained.load("some/hub-name") is None
+            TrainedWith.load(tmp_path)
+    assert TrainedWith.load("some/hub-name") is None
 
 
 def test_a_chat_samples_as_training_did(
@@ -191,7 +191,7 @@ def test_a_chat_samples_as_training_did(
 ) -> None:
     shutil.copytree(tiny_lm_folder, tmp_path / "policy")
     env = EnvFlags(max_new_tokens=4, temperature=0.25, stop_token_ids=(2, 3), chat_template=True)
-    Trained.of(env, None, run=tmp_path, updates=3).save(tmp_path / "policy")
+    TrainedWith.of(env, None, run=tmp_path, updates=3).save(tmp_path / "policy")
     flags = chat.parse(["--model", str(tmp_path / "policy"), "--temperature", "1.0"])
     assert (flags.max_new_tokens, flags.temperature, flags.stop_token_ids) == (4, 1.0, (2, 3))
     assert flags.chat_template
