@@ -32,8 +32,9 @@ from agents import ValueHeadLM
 from agents.assessment import Assessment, assess
 from agents.evaluation_metrics import SecondReward, compare, distinct, second_score
 from agents.evaluation_report import print_evaluation, write_evaluation
-from scripts.options import EnvFlags, bound_reward, device_of, heldout_prompts, is_code, make_env, run
+from scripts.options import EnvFlags, bound_reward, device_of, heldout_prompts, make_env, run
 from scripts.trained import TrainedWith, runs_joined, shown
+from textenv.rewards.human import printable
 from textenv.rewards.reward import Ids
 from textenv.rewards.running import in_fixed_units
 from textenv.task import Task
@@ -79,7 +80,7 @@ def main(flags: Flags) -> None:
     given, flags, console = flags.env, resolved(flags), Console()
     policies = named_policies(flags)
     trained = {name: TrainedWith.load(source) for name, source in policies.items()}
-    reference, reward = (escape(str(name)) for name in (flags.env.reference, flags.env.reward))
+    reference, reward = (escape(printable(str(name))) for name in (flags.env.reference, flags.env.reward))
     console.print(f"[dim]reference[/] {reference}   [dim]reward[/] {reward}", highlight=False)
     tell(console, flags, given, trained)
     # A reference is needed whatever β was, and every response is to be scored.
@@ -120,18 +121,9 @@ def parse(args: Sequence[str] | None = None) -> Flags:
     """
     choice, _ = tyro.cli(Choice, args=args, return_unknown_args=True, add_help=False)
     trained = None if choice.model is None else TrainedWith.load(named("model", choice.model)[1])
-    env = EnvFlags() if trained is None else trained.flags()
-    code = env.reward if env.reward is not None and is_code(env.reward) else None
-    default = Flags(model=tyro.MISSING, env=env if code is None else replace(env, reward=None))
+    default = Flags(model=tyro.MISSING, env=EnvFlags() if trained is None else trained.flags())
     flags = tyro.cli(Flags, args=args, default=default, description=__doc__)
-    if code is None or flags.env.reward is not None:
-        return flags
-    if not flags.env.trust_remote_code:
-        raise ValueError(
-            f"env.reward: expected --env.reward {code} or another, because the model was trained with that code, and a "
-            "folder alone may not have code run (--env.trust-remote-code lets it), got none"
-        )
-    return replace(flags, env=replace(flags.env, reward=code))
+    return flags if trained is None else replace(flags, env=trained.with_code(flags.env))
 
 
 @dataclass(frozen=True)

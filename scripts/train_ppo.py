@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 
 import textenv
 from agents import Agent, Evaluation, PPOConfig, TrainConfig, ValueHeadLM
@@ -38,8 +39,9 @@ from agents.tracking import MetricsFile, Progress, TensorBoard, Trackers, read_m
 from scripts.options import device_of, heldout_prompts, make_env, run
 from scripts.ppo_flags import Flags, Name, chosen
 from scripts.samplers import longest, make_sampler
-from scripts.trained import FILE, TrainedWith
+from scripts.trained import FILE, TrainedWith, shown
 from textenv.rewards import RewardError
+from textenv.rewards.human import printable
 
 FAILURES = (SamplerFailure, SamplerMismatch, ConnectionError, TimeoutError)
 """What may go wrong in a rollout without anybody's mistake: an engine, or a judge over HTTP."""
@@ -63,14 +65,14 @@ def train(flags: Flags, console: Console, agent: Agent, heldout: list[Any]) -> N
     """Evaluate, train, evaluate again, report."""
     policy_folder = flags.out / "policy"
     flags.out.mkdir(parents=True, exist_ok=True)
-    model = flags.policy.model or flags.env.reference or "the embedded storyteller"
+    model = escape(printable(flags.policy.model or flags.env.reference or "the embedded storyteller"))
     parameters = sum(p.numel() for p in agent.policy.lm.parameters()) / 1e6
     name = agent.algorithm.name.upper()
     console.print(f"[bold]{name}[/] on {model} ({parameters:.1f}M parameters, {agent.task.device}) → {flags.out}")
-    if flags.resume and _differ(agent, *chosen(flags)):
-        console.print("[yellow]The checkpoint's settings are kept; those of the flags differ and are ignored.[/]")
-    if not flags.resume:
-        for earlier in ("tensorboard", "policies"):  # or TensorBoard and the frontier would mix the runs
+    if flags.resume:
+        tell(flags, console, agent)
+    else:
+        for earlier in ("tensorboard", "policies", "best"):  # or TensorBoard and the frontier would mix the runs
             shutil.rmtree(flags.out / earlier, ignore_errors=True)
     console.print(f"[dim]evaluating on {len(heldout)} held-out prompts ...[/]")
     before = _first_evaluation(flags.out / "before.json", agent, heldout, fresh=not flags.resume)
@@ -85,6 +87,18 @@ def train(flags: Flags, console: Console, agent: Agent, heldout: list[Any]) -> N
     print_comparison(console, before, after)
     console.print(f"[dim]report[/] {flags.out}/report.html   [dim]policy[/] {policy_folder}")
     console.print(f"[dim]talk to it[/] python scripts/chat.py --model {policy_folder}")
+
+
+def tell(flags: Flags, console: Console, agent: Agent) -> None:
+    """Say what a resumed run does not do as it did."""
+    if _differ(agent, *chosen(flags)):
+        console.print("[yellow]The checkpoint's settings are kept; those of the flags differ and are ignored.[/]")
+    begun, now = TrainedWith.load(_checkpoint(flags.out)), trained(flags, agent)
+    if begun is None:
+        console.print(f"[yellow]The checkpoint has no {FILE}: model and environment are those of the flags.[/]")
+    elif begun.changed(now):
+        told = f"So far the run had {shown(begun.changed(now))}; from here on it has {shown(now.changed(begun))}."
+        console.print(f"[yellow]{escape(told)}[/]", highlight=False)
 
 
 def learn(flags: Flags, agent: Agent) -> None:
@@ -105,8 +119,9 @@ def learn(flags: Flags, agent: Agent) -> None:
 
         def after_update(update: int, metrics: Any) -> None:
             trackers.log(update, metrics)
-            if best.is_dir() and not (best / FILE).exists():
-                trained(flags, agent).save(best)
+            if agent.config.eval_every and best.is_dir() and not (best / FILE).exists():
+                # It may be of an earlier update, after which the run was killed.
+                replace(trained(flags, agent), updates=read_checkpoint(best).state["updates"]).save(best)
             if flags.keep_every and update % flags.keep_every == 0:
                 keep(flags, agent, flags.out / "policies" / f"{update:06}")
             if flags.save_every and update % flags.save_every == 0:
@@ -138,21 +153,34 @@ def trained(flags: Flags, agent: Agent) -> TrainedWith:
 
 
 def parse(args: Sequence[str] | None = None) -> Flags:
-    """The flags, those of the loop beginning with what suits the algorithm."""
+    """The flags: the loop's begin with what suits the algorithm, a resumed run's model and environment with its own.
+
+    Raises:
+        ValueError: If there is nothing to resume, or its reward is code that nobody named here or trusts.
+    """
     choice, _ = tyro.cli(Choice, args=args, return_unknown_args=True, add_help=False)
     default = Flags()
     if choice.algorithm != default.algorithm:
         suited = PPOConfig(**asdict(RECIPES[choice.algorithm]().defaults))
         default = Flags(algorithm=choice.algorithm, ppo=suited, out=Path("runs") / choice.algorithm)
-    return tyro.cli(Flags, args=args, default=default, description=__doc__)
+    begun = TrainedWith.load(_checkpoint(choice.out or default.out)) if choice.resume else None
+    if begun is None:
+        return tyro.cli(Flags, args=args, default=default, description=__doc__)
+    default = replace(default, policy=replace(default.policy, model=begun.model), env=begun.flags())
+    flags = tyro.cli(Flags, args=args, default=default, description=__doc__)
+    return replace(flags, env=begun.with_code(flags.env))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What the defaults of the others depend on."""
+    """What the defaults of the others depend on; each as in `Flags`."""
 
     algorithm: Name = "ppo"
-    """As in `Flags`."""
+    """A recipe."""
+    out: Path | None = None
+    """Folder of the run; the algorithm's if absent."""
+    resume: bool = False
+    """Whether it goes on."""
 
 
 def _differ(agent: Agent, algorithm: Algorithm, config: TrainConfig) -> bool:
@@ -229,4 +257,4 @@ def _first_evaluation(path: Path, agent: Agent, heldout: list[Any], *, fresh: bo
 
 
 if __name__ == "__main__":
-    run(main, parse())
+    run(lambda args: main(parse(args)), None)

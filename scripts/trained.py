@@ -1,18 +1,18 @@
-"""What a policy was trained with: a small file in its folder, by which evaluations and chats ask it alike."""
+"""What a policy was trained with: a small file in its folder, by which evaluations, chats and resumed runs go."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from scripts.options import EnvFlags
+from scripts.options import EnvFlags, is_code, prompt_sources
 from textenv.rewards.human import printable
 
 FILE = "textenv.json"
-_FORMAT = 1
+_FORMAT = 2
 _PATHS = ("reference", "reward", "heldout", "tokenizer")
 _PROMPTS = ("heldout", "prompt_column", "prompt_strict")
 SETTINGS = (
@@ -27,15 +27,19 @@ SETTINGS = (
     "temperature",
     "dtype",
 )
-"""Flags of the environment that an evaluation needs. Whether code is trusted is nothing that a file may say."""
+"""Flags of the environment that an evaluation needs."""
+_SAVED = tuple(f.name for f in fields(EnvFlags) if f.name not in ("device", "trust_remote_code"))
+"""What a run is resumed with. The device is the machine's; whether code is trusted is nothing that a file may say."""
 
 
 @dataclass(frozen=True)
 class TrainedWith:
-    """One policy of one run."""
+    """What one policy of one run was trained with."""
 
     env: Mapping[str, Any]
-    """The `SETTINGS`; folders and files that were there by their whole paths."""
+    """All flags of the environment but the device and trust; folders and files that were there by their whole paths."""
+    model: str | None
+    """What the run began with, as its flag says."""
     run: str
     """Folder of the run."""
     updates: int
@@ -54,9 +58,10 @@ class TrainedWith:
             updates: Done so far.
             lora: Whether it trained adapters: the model under them is then the reference, whatever `env` says.
         """
-        apart = not lora and None not in (model, env.reference) and model != env.reference
+        apart = not lora and None not in (model, env.reference) and _lasting(model) != _lasting(env.reference)
         reference = env.reference if apart else model or env.reference
-        return cls(_settings(replace(env, reference=reference)), str(run.resolve()), updates, not apart)
+        settings = _settings(replace(env, reference=reference))
+        return cls(settings, _lasting(model), str(run.resolve()), updates, not apart)
 
     def save(self, folder: Path) -> None:
         """Write it beside a policy."""
@@ -75,28 +80,51 @@ class TrainedWith:
             return None
         try:
             saved = json.loads(path.read_text(encoding="utf8"))
-            form, env = saved.pop("format"), {name: saved["env"].pop(name) for name in SETTINGS}
-            if form != _FORMAT or saved.pop("env"):
-                raise ValueError(f"format {form}")
-            stops = env["stop_token_ids"]
-            return cls({**env, "stop_token_ids": None if stops is None else tuple(stops)}, **saved)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            if saved.pop("format") != _FORMAT:
+                raise ValueError("another format")
+            env = _checked(saved.pop("env"), EnvFlags, _SAVED)
+            return cls(env, **_checked(saved, cls, [f.name for f in fields(cls) if f.name != "env"]))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             wanted = f"model: expected a {FILE} of format {_FORMAT}"
-            raise ValueError(f"{wanted}, got another in {folder} ({error})") from error
+            raise ValueError(f"{wanted}, got another in {folder} ({printable(str(error))})") from error
 
     def flags(self) -> EnvFlags:
-        """Those of an evaluation that asks as training did."""
-        return replace(EnvFlags(), **self.env)
+        """Those of a command that goes on or asks as training did; without a reward that is code, see `with_code`."""
+        reward = None if self._code() else self.env["reward"]
+        return replace(EnvFlags(), **{**self.env, "reward": reward})
+
+    def with_code(self, env: EnvFlags) -> EnvFlags:
+        """Flags that began as `flags`, with the reward that is code if they name none and trust it.
+
+        Raises:
+            ValueError: If they name none and do not.
+        """
+        if not self._code() or env.reward is not None:
+            return env
+        if not env.trust_remote_code:
+            raise ValueError(
+                f"env.reward: expected --env.reward {self.env['reward']} or another, because the model was trained "
+                "with that code, and a folder alone may not have code run (--env.trust-remote-code lets it), got none"
+            )
+        return replace(env, reward=self.env["reward"])
 
     def kept(self, env: EnvFlags) -> dict[str, Any]:
-        """What these flags have of it that is no default."""
+        """What an evaluation by these flags has of it that is no default."""
         default, given = _settings(EnvFlags()), _settings(env)
-        return {name: value for name, value in self.env.items() if value == given[name] != default[name]}
+        return {name: self.env[name] for name in SETTINGS if self.env[name] == given[name] != default[name]}
 
     def otherwise(self, env: EnvFlags) -> dict[str, Any]:
-        """What it has that these flags have not; which prompts are held out is no matter of training."""
-        given = _settings(env)
-        return {name: value for name, value in self.env.items() if value != given[name] and name not in _PROMPTS}
+        """What it has that an evaluation by these flags has not; held-out prompts are no matter of training."""
+        given, names = _settings(env), [name for name in SETTINGS if name not in _PROMPTS]
+        return {name: self.env[name] for name in names if self.env[name] != given[name]}
+
+    def changed(self, now: TrainedWith) -> dict[str, Any]:
+        """What it has that a run which goes on from it has not."""
+        settings, others = ({"model": one.model, **one.env} for one in (self, now))
+        return {name: value for name, value in settings.items() if value != others[name]}
+
+    def _code(self) -> bool:
+        return self.env["reward"] is not None and is_code(self.env["reward"])
 
 
 def shown(settings: Mapping[str, Any]) -> str:
@@ -126,8 +154,38 @@ def runs_joined(policies: Mapping[str, TrainedWith | None], env: EnvFlags, start
     return [[name for _, name in sorted(found)] for found in runs.values()]
 
 
+def _checked(values: Any, owner: type, names: Collection[str]) -> dict[str, Any]:
+    """What a file says, a list as a tuple, if it is all of these fields and each is of its type."""
+    if values.keys() != set(names):
+        raise ValueError(f"expected {', '.join(sorted(names))}, got {', '.join(sorted(values))}")
+    hints = get_type_hints(owner)
+    for name in names:
+        if not _fits(values[name], hints[name]):
+            raise ValueError(f"{name}: expected {owner.__annotations__[name]}, got {values[name]!r}")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of JSON is of a type: a list is a tuple, an integer is a float, and true is no number.
+
+    >>> _fits([1, 7], tuple[int, ...] | None), _fits("17", tuple[int, ...] | None), _fits(1, float), _fits(True, int)
+    (True, False, True, False)
+    """
+    parts = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in parts
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_fits(one, parts[0]) for one in value)
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
 def _settings(env: EnvFlags) -> dict[str, Any]:
-    return {name: _lasting(getattr(env, name)) if name in _PATHS else getattr(env, name) for name in SETTINGS}
+    settings = {name: getattr(env, name) for name in _SAVED}
+    prompts = None if env.prompts is None else prompt_sources(env.prompts).sources
+    weighted = None if prompts is None else tuple(f"{_lasting(name)}={weight!r}" for name, weight in prompts)
+    return settings | {name: _lasting(settings[name]) for name in _PATHS} | {"prompts": weighted}
 
 
 def _lasting(name: str | None) -> str | None:

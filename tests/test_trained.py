@@ -135,6 +135,61 @@ def test_kept_policies_are_a_line_of_the_frontier(
     assert joined == [[["reference", "000002", "000004", "model"]], [["000002", "model"]]]
 
 
+def test_a_run_goes_on_in_its_own_environment(
+    tmp_path: Path, tiny_lm_folder: Path, task: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def go(*given: str) -> str:
+        capsys.readouterr()
+        train_ppo.main(train_ppo.parse([*given, *PPO, "--ppo.schedule-updates", "2"]))
+        return " ".join(capsys.readouterr().out.split())
+
+    more = [
+        "--env.kl-coef",
+        "0.5",
+        "--env.missing-eos-penalty",
+        "0.25",
+        "--env.prompts",
+        "prompts.csv=2",
+        "heldout.csv",
+    ]
+    for out in ("run", "whole"):
+        go(*task, *more, "--iterations", "1" if out == "run" else "2", "--out", out)
+    again = ["--out", "run", "--iterations", "2", "--resume", "--env.device", "cpu"]
+    with pytest.raises(ValueError, match=r"^env.reward: expected --env.reward my_rewards:length or another, because"):
+        train_ppo.parse(again)
+    again += ["--env.reward", "my_rewards:length"]
+    told = go(*again)
+    assert "So far" not in told and "ignored" not in told and "has no" not in told
+    for name in ("checkpoint/trainer.json", "after.json"):
+        assert Path("run", name).read_text() == Path("whole", name).read_text(), name
+    whole, run = (json.loads(Path(out, "policy", FILE).read_text()) for out in ("whole", "run"))
+    assert run | {"run": whole["run"]} == whole
+    start = str(tmp_path / "start")
+    assert (run["model"], run["env"]["reference"], run["env"]["kl_coef"]) == (start, start, 0.5)
+    assert run["env"]["prompts"] == [f"{tmp_path}/prompts.csv=2.0", f"{tmp_path}/heldout.csv=1.0"]
+
+    told = go(*again, "--env.temperature", "1.0")
+    assert "So far the run had temperature 0.5; from here on it has temperature 1.0." in told
+    assert json.loads(Path("run/policy", FILE).read_text())["env"]["temperature"] == 1.0
+    Path("run/checkpoint", FILE).unlink()
+    assert f"The checkpoint has no {FILE}: model and environment are those of the flags." in go(*again, *task, *more)
+
+
+def test_the_best_policy_is_of_this_run_and_says_its_own_update(task: list[str]) -> None:
+    flags = [*task, "--out", "run", "--ppo.eval-every", "1"]
+    Path("run/best").mkdir(parents=True)
+    Path("run/best/trainer.json").write_text("{}")  # of an earlier run, without what it was trained with
+    train_ppo.main(train_ppo.parse([*task, "--out", "run", "--iterations", "1"]))
+    assert not Path("run/best").exists()
+    train_ppo.main(train_ppo.parse([*flags, "--iterations", "1"]))
+    state = json.loads(Path("run/checkpoint/trainer.json").read_text()) | {"best_objective": 1e9}
+    Path("run/checkpoint/trainer.json").write_text(json.dumps(state))  # or a later update may be the best
+    Path("run/best", FILE).unlink()  # as a run leaves it that is killed between the two
+    train_ppo.main(train_ppo.parse([*flags, "--iterations", "2", "--resume"]))
+    best = TrainedWith.load("run/best")
+    assert best is not None and best.updates == 1
+
+
 def trained(run: str, updates: int, *, model: str | None = None, **env: Any) -> TrainedWith:
     return TrainedWith.of(replace(EnvFlags(), **env), model, run=Path(run), updates=updates)
 
@@ -161,6 +216,7 @@ def test_the_reference_is_what_was_the_reference(task: list[str], tmp_path: Path
         return train_ppo.trained(train_ppo.parse(list(given)), Done())  # type: ignore[arg-type]
 
     assert (of().env["reference"], of().from_reference) == (None, True)
+    assert of("--policy.model", "start", "--env.reference", str(tmp_path / "start")).from_reference
     both = of("--policy.model", "start", "--env.reference", "hub/x")
     assert (both.env["reference"], both.from_reference, both.updates) == ("hub/x", False, 7)
     lora = of("--policy.model", "start", "--env.reference", "hub/x", "--policy.lora-rank", "2")
@@ -173,17 +229,82 @@ def test_the_file_trusts_nobody_and_comes_back(tmp_path: Path) -> None:
     saved = TrainedWith.of(given, None, run=tmp_path, updates=3)
     saved.save(tmp_path)
     assert TrainedWith.load(tmp_path) == saved
-    assert saved.flags() == replace(given, trust_remote_code=False, kl_coef=EnvFlags().kl_coef)
+    untrusted = replace(given, trust_remote_code=False, reward=None)
+    assert saved.flags() == untrusted
+    assert saved.with_code(replace(untrusted, trust_remote_code=True)) == given
     assert shown(saved.kept(given)) == "reward a:b, stop_token_ids (1, 7), temperature 0.5"
     text = (tmp_path / FILE).read_text()
     assert "trust_remote_code" not in text
-    message = rf"^model: expected a {FILE} of format 1, got another in {re.escape(str(tmp_path))}"
-    broken = {text.replace('"format": 1', '"format": 2'), text.replace('"temperature"', '"heat"'), "[]", "{", "{}"}
+    message = rf"^model: expected a {FILE} of format 2, got another in {re.escape(str(tmp_path))}"
+    broken = {text.replace('"format": 2', '"format": 1'), text.replace('"temperature"', '"heat"'), "[]", "{", "{}"}
     for other in (*broken, text.replace('"env": {', '"env": {"more": 1,'), text.replace('"updates"', '"steps"')):
         (tmp_path / FILE).write_text(other)
         with pytest.raises(ValueError, match=message):
             TrainedWith.load(tmp_path)
     assert TrainedWith.load("some/hub-name") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("run", ["a"]),
+        ("run", None),
+        ("model", 1),
+        ("updates", "3"),
+        ("updates", True),
+        ("updates", 3.0),
+        ("from_reference", 1),
+        ("reward", ["a:b"]),
+        ("temperature", "hot"),
+        ("temperature", False),
+        ("max_new_tokens", None),
+        ("max_new_tokens", 5.5),
+        ("stop_token_ids", "12"),
+        ("stop_token_ids", [1, "2"]),
+        ("stop_token_ids", 1),
+        ("prompts", "prompts.txt"),
+        ("prompt_overflow", "right"),
+        ("chat_template", "yes"),
+        ("dtype", None),
+    ],
+)
+def test_a_value_of_another_type_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    TrainedWith.of(EnvFlags(), None, run=tmp_path, updates=3).save(tmp_path)
+    saved = json.loads((tmp_path / FILE).read_text())
+    (saved if name in saved else saved["env"])[name] = value
+    (tmp_path / FILE).write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match=rf"^model: expected a {FILE} .*\({name}: expected .*, got .*\)$"):
+        TrainedWith.load(tmp_path)
+
+
+def test_whole_numbers_are_numbers(tmp_path: Path) -> None:
+    TrainedWith.of(EnvFlags(), None, run=tmp_path, updates=3).save(tmp_path)
+    saved = json.loads((tmp_path / FILE).read_text())
+    saved["env"] |= {"temperature": 2, "kl_target": 6, "stop_token_ids": []}
+    (tmp_path / FILE).write_text(json.dumps(saved))
+    loaded = TrainedWith.load(tmp_path)
+    assert loaded is not None
+    assert loaded.flags() == EnvFlags(temperature=2.0, kl_target=6.0, stop_token_ids=())
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 2, "env": ' * 50_000, '{"format": 2, "\\u001b[2J": 1}'])
+def test_a_file_made_to_break_is_one_line_that_a_terminal_can_show(tmp_path: Path, text: str) -> None:
+    (tmp_path / FILE).write_text(text)
+    with pytest.raises(ValueError, match=rf"^model: expected a {FILE}") as refused:
+        TrainedWith.load(tmp_path)
+    assert "\x1b" not in str(refused.value)
+
+
+def test_what_a_file_says_is_shown_and_not_obeyed(
+    tmp_path: Path, tiny_lm_folder: Path, task: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_lm_folder, tmp_path / "policy")
+    strange = "start\x1b[2J"  # a folder that is there
+    shutil.copytree(tiny_lm_folder, tmp_path / strange)
+    env = EnvFlags(reference=strange, reward="my_rewards:length", heldout="prompts.txt")
+    TrainedWith.of(env, None, run=tmp_path, updates=3).save(tmp_path / "policy")
+    _, told = evaluated(capsys, "--model", "policy")
+    assert "\x1b[2J" not in told and "start\\x1b[2J" in told.replace(" ", "")
 
 
 def test_a_chat_samples_as_training_did(
