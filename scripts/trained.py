@@ -84,7 +84,7 @@ class TrainedWith:
                 raise ValueError("another format")
             env = _checked(saved.pop("env"), EnvFlags, _SAVED)
             return cls(env, **_checked(saved, cls, [f.name for f in fields(cls) if f.name != "env"]))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError) as error:
             wanted = f"model: expected a {FILE} of format {_FORMAT}"
             raise ValueError(f"{wanted}, got another in {folder} ({printable(str(error))})") from error
 

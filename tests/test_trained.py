@@ -108,6 +108,13 @@ def test_lora_policies_know_their_base(tmp_path: Path, task: list[str], capsys: 
     assert found["settings"]["env.reference"] == str(tmp_path / "start")
     assert found["results"]["reference"]["responses"] == before["responses"]
     assert found["results"]["model"]["prompts"] == after["prompts"]
+    shutil.copytree("run", "bare")
+    capsys.readouterr()
+    for out, more in (("run", ["--policy.lora-rank", "2"]), ("bare", [])):
+        again = ["--out", out, "--iterations", "2", "--resume", "--env.reward", "my_rewards:length", *more, *PPO]
+        train_ppo.main(train_ppo.parse(again))
+    assert "So far" not in capsys.readouterr().out
+    assert Path("run/after.json").read_text() == Path("bare/after.json").read_text()
 
 
 def test_kept_policies_are_a_line_of_the_frontier(
@@ -287,7 +294,9 @@ def test_whole_numbers_are_numbers(tmp_path: Path) -> None:
     assert loaded.flags() == EnvFlags(temperature=2.0, kl_target=6.0, stop_token_ids=())
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 2, "env": ' * 50_000, '{"format": 2, "\\u001b[2J": 1}'])
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"format": 2, "env": ' * 50_000, '{"format": 2, "env": {"\\u001b[2J": 1}}']
+)
 def test_a_file_made_to_break_is_one_line_that_a_terminal_can_show(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_text(text)
     with pytest.raises(ValueError, match=rf"^model: expected a {FILE}") as refused:
