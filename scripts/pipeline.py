@@ -82,6 +82,12 @@ class Stage:
     checkpoint: Path | None = None
     """Where this is, `--resume` goes on."""
 
+    @property
+    def checkpoints(self) -> tuple[Path, ...]:
+        """The checkpoint, and the one that `agents.checkpoint` was replacing if it was killed then."""
+        path = self.checkpoint
+        return () if path is None else (path, path.with_name(f".{path.name}.previous"))
+
 
 def stages(flags: Flags) -> list[Stage]:
     """What is done, in order."""
@@ -174,11 +180,11 @@ def perform(stage: Stage, later: Sequence[Stage], flags: Flags, console: Console
         ValueError: If it fails.
     """
     folder = _folder(stage, flags.out)
-    resume = _is_begun(stage, flags.out) and stage.checkpoint is not None and stage.checkpoint.exists()
+    resume = _is_begun(stage, flags.out) and any(checkpoint.exists() for checkpoint in stage.checkpoints)
     for old in later if resume else (stage, *later):
         (_folder(old, flags.out) / _DONE).unlink(missing_ok=True)
-        if old.checkpoint is not None and old.checkpoint.exists():
-            shutil.rmtree(old.checkpoint)
+        for checkpoint in filter(Path.exists, old.checkpoints):
+            shutil.rmtree(checkpoint)
     script, *arguments = (*stage.command, "--threads", str(flags.threads), *(["--resume"] if resume else []))
     console.print(f"[dim]$ python scripts/{escape(shlex.join([script, *arguments]))}[/]", soft_wrap=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tyro
 
+from agents.checkpoint import read as read_checkpoint
 from scripts import evaluate, pipeline, train_ppo, train_reward, train_sft
 from scripts.pipeline import Flags, main, stages
 
@@ -28,10 +29,13 @@ class Runner:
         script, resumed = Path(command[1]).name, command[-1] == "--resume"
         stage = next(stage for stage in stages(self.flags) if stage.command[0] == script)
         self.ran.append(stage.name + (" resumed" if resumed else ""))
-        assert resumed == (stage.checkpoint is not None and stage.checkpoint.exists())
+        folder = self.flags.out / stage.name
+        assert resumed == any(
+            (folder / name).exists() for name in ("checkpoint", "checkpoints", ".checkpoint.previous")
+        )
         if stage.name == self.refusing:
             return subprocess.CompletedProcess(command, 2)
-        (self.flags.out / stage.name / "metrics.jsonl").touch()
+        (folder / "metrics.jsonl").touch()
         if stage.checkpoint is not None:
             stage.checkpoint.mkdir(exist_ok=True)
         return subprocess.CompletedProcess(command, int(stage.name == self.failing))
@@ -62,6 +66,30 @@ def test_an_interrupted_stage_goes_on_where_it_can(runner: Runner) -> None:
     assert runner.again(failing="ppo") == ["sft", "reward", "ppo"]
     assert runner.again() == ["ppo resumed", "evaluation"]
     assert runner.again() == []
+
+
+def replacing(folder: Path) -> None:
+    """Leave what a kill between the two renames of a checkpoint's replacement leaves."""
+    (folder / "checkpoint" / "trainer.json").write_text('{"format": 2}')
+    (folder / "checkpoint").rename(folder / ".checkpoint.previous")
+
+
+def test_one_killed_while_it_replaced_its_checkpoint_goes_on(runner: Runner) -> None:
+    runner.again(failing="ppo")
+    replacing(runner.flags.out / "ppo")
+    ppo = next(stage for stage in stages(runner.flags) if stage.name == "ppo")
+    assert read_checkpoint(runner.flags.out / "ppo" / "checkpoint").folder in [
+        path.resolve() for path in ppo.checkpoints
+    ]
+    assert runner.again() == ["ppo resumed", "evaluation"]
+
+
+def test_a_checkpoint_that_was_being_replaced_is_forgotten_too(runner: Runner) -> None:
+    runner.again(failing="ppo")
+    replacing(runner.flags.out / "ppo")
+    shutil.rmtree(runner.flags.out / "reward")
+    assert runner.again() == ["reward", "ppo", "evaluation"]
+    assert not (runner.flags.out / "ppo" / ".checkpoint.previous").exists()
 
 
 def test_one_without_checkpoints_begins_anew(runner: Runner) -> None:
