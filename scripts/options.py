@@ -34,7 +34,7 @@ class EnvFlags:
     if absent."""
     prompts: tuple[str, ...] | None = None
     """Files of prompts to train on (.txt, .jsonl, .json, .csv, .tsv, .parquet, or the folder of a saved dataset), each
-    drawn alike, or by its weight if written file=weight; the embedded openings if absent."""
+    drawn alike, or by its weight if written file=weight and no folder is called so; the embedded openings if absent."""
     heldout: str | None = None
     """A file of prompts to evaluate on; the embedded held-out openings if absent."""
     prompt_column: str = "prompt"
@@ -169,6 +169,8 @@ def heldout_prompts(flags: EnvFlags) -> list[Any]:
 def prompt_sources(given: Sequence[str] | None) -> Any:
     """Files with their weights, which stand behind the last `=`; None stays None.
 
+    What is there by the whole name, such as a folder `lr=0.1`, has weight 1.
+
     Raises:
         ValueError: If what stands there is no number.
 
@@ -180,7 +182,7 @@ def prompt_sources(given: Sequence[str] | None) -> Any:
 
 def _weighted(given: str) -> tuple[str, float]:
     name, equals, weight = given.rpartition("=")
-    if not equals or Path(given).suffix in PROMPT_SUFFIXES:
+    if not equals or Path(given).suffix in PROMPT_SUFFIXES or os.path.exists(given):
         return given, 1.0
     try:
         return name, float(weight)

@@ -55,6 +55,7 @@ def test_a_long_prompt_is_cut_on_the_left_when_asked() -> None:
 BAD_SOURCES: list[tuple[Any, str]] = [
     ([], "prompts: expected at least one prompt, got none from \\[\\]"),
     ("ax by", "prompts: expected a list, a dataset, or a .*.parquet file, got 'ax by'"),
+    ("ax by " * 1000, "prompts: expected a list, a dataset, or a .*.parquet file, got 'ax by .*[.]{3}$"),
     (5, "prompts: expected a list, a dataset, or a .*.parquet file, got 5"),
     ({"prompt": ["ax"]}, "prompts: expected a list, a dataset, or a .*.parquet file, got {'prompt'"),
     ("nowhere/p.txt", r"prompts: nowhere/p.txt: expected a readable file, got No such file"),
@@ -277,6 +278,14 @@ def test_a_task_makes_the_stream_of_its_sources(tmp_path: Path) -> None:
 def test_bad_mixtures(sources: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PromptMixture.of(sources)
+
+
+def test_a_folder_is_itself_whatever_it_is_called(tmp_path: Path) -> None:
+    folder = tmp_path / "lr=0.1"
+    folder.mkdir()
+    assert prompt_sources([str(folder)]).sources == ((str(folder), 1.0),)
+    assert prompt_sources([f"{folder}=3"]).sources == ((str(folder), 3.0),)
+    assert prompt_sources([str(tmp_path / "x=2")]).sources == ((str(tmp_path / "x"), 2.0),)
 
 
 def test_weights_on_the_command_line() -> None:

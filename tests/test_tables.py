@@ -251,6 +251,8 @@ def test_bad_arguments(tmp_path: Path) -> None:
         read_rows(tmp_path / "nowhere.csv", ["a"])
     with pytest.raises(ValueError, match=r"source: expected .*, got {'a': 1}"):
         read_rows({"a": 1}, ["a"])
+    with pytest.raises(ValueError, match=r"source: expected one of .*, got 'a b a b "):
+        read_rows("a b " * 1000, ["a"])
     with pytest.raises(ValueError, match=r"source: expected .*, got 5"):
         read_rows(5, ["a"])
     with pytest.raises(ValueError, match=r"\[\]: expected rows, got none$"):

@@ -87,7 +87,8 @@ def read_prompts(
 
 def _is_prompts(source: Any) -> bool:
     if isinstance(source, str | Path):
-        return Path(source).suffix in PROMPT_SUFFIXES or Path(source).is_dir()
+        # Here and below not Path's own methods, which raise for what is too long to be a name.
+        return Path(source).suffix in PROMPT_SUFFIXES or os.path.isdir(source)
     one_split = not isinstance(getattr(source, "column_names", None), Mapping)
     return isinstance(source, Iterable) and not isinstance(source, Mapping) and one_split
 
@@ -104,7 +105,6 @@ def _check_no_files(records: Sequence[Record]) -> None:
     """Raise if the name of a file was given where a prompt was to be: it would be taken for a text."""
     for record in records:
         name = record.value
-        # Not Path.is_file, which raises for what is too long to be a name.
         if isinstance(name, str | Path) and Path(name).suffix in PROMPT_SUFFIXES and os.path.isfile(name):
             raise ValueError(
                 f"{record.where}: expected a prompt, got the name of a file, {str(name)!r}; several files are given as "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def read_records(source: Any, needed: Sequence[str] = ()) -> Iterator[Record]:
             f"{shown(source)}"
         )
     if schema is not None:
-        _check_columns("the dataset", schema, needed)
+        check_columns("the dataset", schema, needed)
     return (Record(f"row {index}", row) for index, row in enumerate(source))
 
 
@@ -95,7 +96,7 @@ def _file_records(path: Path, needed: Sequence[str]) -> Iterator[Record]:
             return iter(_delimited(path, "\t", needed))
         case ".parquet":
             return _parquet(path, needed)
-        case _ if path.is_dir():
+        case _ if os.path.isdir(path):  # not Path.is_dir, which raises for what is too long to be a name
             return _saved_dataset(path, needed)
         case _:
             raise ValueError(
@@ -103,7 +104,8 @@ def _file_records(path: Path, needed: Sequence[str]) -> Iterator[Record]:
             )
 
 
-def _check_columns(where: str, columns: Sequence[str], needed: Sequence[str]) -> None:
+def check_columns(where: str, columns: Sequence[str], needed: Sequence[str]) -> None:
+    """Raise ValueError unless the columns that are needed are there."""
     missing = [name for name in needed if name not in columns]
     if missing:
         raise ValueError(f"columns: expected {missing} in {where}, got {list(columns)}")
@@ -161,7 +163,7 @@ def _delimited(path: Path, delimiter: str, needed: Sequence[str]) -> list[Record
     try:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         heading = next((cells for cells in reader if cells), [])
-        _check_columns(str(path), heading, needed)
+        check_columns(str(path), heading, needed)
         return list(_cells(path, reader, heading))
     except csv.Error as error:
         raise ValueError(f"{path}:1: expected a heading, got an error ({error})") from error
@@ -194,7 +196,7 @@ def _parquet(path: Path, needed: Sequence[str]) -> Iterator[Record]:
         table = parquet.read_table(path)
     except (OSError, arrow.ArrowException) as error:
         raise ValueError(f"{path}: expected a readable parquet file, got {error}") from error
-    _check_columns(str(path), table.column_names, needed)
+    check_columns(str(path), table.column_names, needed)
     return (Record(f"{path} row {index}", row) for index, row in enumerate(table.to_pylist()))
 
 
@@ -210,7 +212,7 @@ def _saved_dataset(path: Path, needed: Sequence[str]) -> Iterator[Record]:
     if isinstance(data, DatasetDict):
         names = ", ".join(str(path / str(name)) for name in data)
         raise ValueError(f"{path}: expected the folder of one dataset, got that of several; choose among {names}")
-    _check_columns(str(path), data.column_names, needed)
+    check_columns(str(path), data.column_names, needed)
     return (Record(f"{path} row {index}", row) for index, row in enumerate(data))
 
 
