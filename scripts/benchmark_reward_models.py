@@ -25,7 +25,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from scripts.reward_modelling.examples import split
+from scripts.reward_modelling.examples import GROUP, split
 from scripts.reward_modelling.figures import accuracy, decide
 from scripts.reward_modelling.making import Recipe, examples_of, make
 from scripts.reward_modelling.report import mean_error
@@ -62,7 +62,7 @@ def films(material: Path) -> list[dict[str, Any]]:
     """Sentences and their mean ratings."""
     lines = (material / "data" / "movie_snippets_mean_rating.tsv").read_text(encoding="utf8").splitlines()
     cells = (line.split("\t") for line in lines)
-    return [{"prompt": "", "response": text, "rating": float(rating)} for _, rating, text in cells]
+    return [{"prompt": "", "response": text, "rating": float(rating), GROUP: text} for _, rating, text in cells]
 
 
 def answers(material: Path) -> list[dict[str, Any]]:
@@ -77,9 +77,8 @@ def answers(material: Path) -> list[dict[str, Any]]:
 
 def sides(task: str, material: Path, seed: int, validate: bool) -> tuple[list[Any], list[Any]]:
     """Training and held-out rows; no sentence and no prompt is on both sides."""
-    rows, by = (films(material), "response") if task == "films" else (answers(material), None)
-    training, heldout = split(rows, 0.2, seed, by)
-    return split(training, 0.2, seed, by) if validate else (training, heldout)
+    training, heldout = split(films(material) if task == "films" else answers(material), 0.2, seed)
+    return split(training, 0.2, seed) if validate else (training, heldout)
 
 
 def lexicon(material: Path, seed: int, validate: bool) -> dict[str, Any]:

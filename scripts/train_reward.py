@@ -90,7 +90,7 @@ def main(flags: Flags) -> None:
     if flags.heldout is not None:
         training, heldout = rows["data"], rows["heldout"]
     else:
-        training, heldout = split(rows["data"], flags.heldout_frac, flags.recipe.seed, flags.split_by)
+        training, heldout = split(rows["data"], flags.heldout_frac, flags.recipe.seed)
     if not flags.resume:
         shutil.rmtree(flags.out / "checkpoints", ignore_errors=True)
     report = make(

@@ -45,11 +45,12 @@ def text(name: str) -> Text:
 
 def test_no_group_is_on_both_sides() -> None:
     rows = [{"prompt": f"p{n % 10}", "response": str(n), "who": n % 7} for n in range(70)]
-    for by, key in ((None, "prompt"), ("who", "who")):
-        training, heldout = split(rows, 0.3, 0, by)
+    for key, groups in (("prompt", 3), ("who", 2)):
+        grouped = rows if key == "prompt" else [row | {"group": row["who"]} for row in rows]
+        training, heldout = split(grouped, 0.3, 0)
         assert sorted(int(row["response"]) for row in training + heldout) == list(range(70))
         assert not {row[key] for row in training} & {row[key] for row in heldout}
-        assert len({row[key] for row in heldout}) == (3 if by is None else 2)
+        assert len({row[key] for row in heldout}) == groups
     assert split(rows, 0.3, 0) == split(rows, 0.3, 0) != split(rows, 0.3, 1)
 
 
@@ -62,7 +63,7 @@ def test_rows_without_a_prompt_are_groups_of_their_own() -> None:
 @pytest.mark.parametrize("fraction", [0.001, 0.999])
 def test_neither_side_is_ever_empty(fraction: float) -> None:
     assert all(split([{"prompt": "a"}, {"prompt": "b"}, {"prompt": "b"}], fraction, 0))
-    with pytest.raises(ValueError, match=r"split_by: expected rows of at least 2 groups, got 1 \(prompt\)"):
+    with pytest.raises(ValueError, match=r"split_by: expected rows of at least 2 groups, got 1 \(by prompt\)"):
         split([{"prompt": "a"}, {"prompt": "a"}], fraction, 0)
 
 
@@ -135,8 +136,8 @@ def test_columns_are_found_by_their_names_and_bad_rows_told() -> None:
     columns = Columns(prompt="question", chosen="best", rejected="worst", margin="by")
     reading = read(rows, "pairs", columns, None, split_by="who")
     assert reading.told(told.append) == [
-        {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 0.5, "who": "me"},
-        {"prompt": None, "chosen": "a", "rejected": "b", "margin": None, "who": "you"},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "margin": 0.5, "group": "me"},
+        {"prompt": None, "chosen": "a", "rejected": "b", "margin": None, "group": "you"},
     ]
     assert reading.problems == (
         "row 2: expected text or one message, the answer to the prompt, for 'best', got ['a']",
@@ -147,6 +148,43 @@ def test_columns_are_found_by_their_names_and_bad_rows_told() -> None:
         read(rows[:3], "pairs", columns, None, strict=True)
     with pytest.raises(ValueError, match="expected rows, got none of 1; the first: row 0: expected text or one"):
         read(rows[2:3], "pairs", columns, None)
+
+
+def test_a_column_that_was_renamed_is_in_some_row(tmp_path: Path) -> None:
+    rows = [{"question": "q", "chosen": "a", "rejected": "b"}, {"chosen": "a", "rejected": "b", "by": 1}]
+    for columns, name in ((Columns(prompt="quesion"), "quesion"), (Columns(margin="gain"), "gain")):
+        message = rf"columns: expected \['{name}'\] in .*, got \['question', 'chosen', 'rejected', 'by'\]"
+        with pytest.raises(ValueError, match=message):
+            read(rows, "pairs", columns, None)
+    (tmp_path / "a.csv").write_text("question,response\n,a\n")
+    with pytest.raises(ValueError, match=r"columns: expected \['quesion'\] in .*a.csv, got \['question', 'response'\]"):
+        read_texts(tmp_path / "a.csv", Columns(prompt="quesion"), None)
+    # One row with it is enough, empty or not, and what the task does not ask for may be called anything.
+    found = read(rows, "pairs", Columns(prompt="question", margin="by", rating="nowhere"), None).rows
+    assert [(row["prompt"], row["margin"]) for row in found] == [("q", None), (None, 1.0)]
+    assert read_texts(tmp_path / "a.csv", Columns(prompt="question"), None).rows == [Text("", "a")]
+    assert read(rows, "pairs", Columns(), None).rows[0]["prompt"] is None
+
+
+@pytest.mark.parametrize(("column", "values"), [("label", ["cats", "dogs"]), ("rating", ["4 stars", "5 stars"])])
+def test_what_rows_are_split_by_is_no_number_and_no_label(column: str, values: list[str]) -> None:
+    rows = [{"chosen": str(n), "rejected": "b", column: values[n % 2]} for n in range(8)]
+    found = read(rows, "pairs", Columns(), None, split_by=column, strict=True).rows
+    training, heldout = split(found, 0.5, 0)
+    assert sorted(len({row["group"] for row in side}) for side in (training, heldout)) == [1, 1]
+    assert len(training) == len(heldout) == 4
+    numbers = [{"response": "a", "rating": "1.50"}]
+    assert read(numbers, "ratings", Columns(), None, split_by="rating").rows == [
+        {"prompt": None, "response": "a", "rating": 1.5, "group": "1.50"}
+    ]
+
+
+def test_split_by_the_prompt_is_the_default() -> None:
+    rows = [{"question": None if n < 4 else "q", "chosen": str(n), "rejected": "b"} for n in range(8)]
+    for columns in (Columns(prompt="question"), Columns()):
+        found = read(rows, "pairs", columns, None, split_by=columns.prompt, strict=True).rows
+        assert found == read(rows, "pairs", columns, None).rows
+        assert all(split(found, 0.2, 0))
 
 
 def test_a_bad_row_of_any_kind_is_told_by_file_and_line(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from textenv.table_files import Record, read_records, shown
+from textenv.table_files import Record, check_columns, read_records, shown
 
 T = TypeVar("T")
 
@@ -88,7 +88,8 @@ def read_rows(
         tell: Takes the line about skipped rows; None: `warnings.warn`.
 
     Raises:
-        ValueError: If the source cannot be read, has no such column, or leaves no row; with `strict`, if a row is bad.
+        ValueError: If the source cannot be read, has no such column (of an optional name: if `columns` has it), or
+            leaves no row; with `strict`, if a row is bad.
     """
     names = Names(required, optional, columns or {}, numbers)
     return parse_rows(source, names, lambda row: row, strict=strict).told(tell)
@@ -124,6 +125,11 @@ class Names:
         """Columns that a source must have."""
         return [self.column(name) for name in self.required]
 
+    @property
+    def renamed(self) -> list[str]:
+        """Columns of optional names that are called otherwise: some row must have them, or one is mistyped."""
+        return [self.column(name) for name in self.optional if self.column(name) != name]
+
     def row(self, value: Any) -> dict[str, Any]:
         """The row by our names.
 
@@ -146,8 +152,20 @@ class Names:
 
 
 def parse_rows(source: Any, names: Names, parse: Callable[[dict[str, Any]], T], *, strict: bool = False) -> Reading[T]:
-    """What is made of each row by its names, as `sift` does it."""
-    return sift(source, read_records(source, names.needed), lambda value: parse(names.row(value)), strict=strict)
+    """What is made of each row by its names, as `sift` does it.
+
+    Raises:
+        ValueError: As `sift`, or if no row has a column of `names.renamed`.
+    """
+    seen: dict[str, None] = {}
+
+    def parsed(value: Any) -> T:
+        seen.update(dict.fromkeys(value if isinstance(value, Mapping) else ()))
+        return parse(names.row(value))
+
+    reading = sift(source, read_records(source, names.needed), parsed, strict=strict)
+    check_columns(reading.source, list(seen), names.renamed)
+    return reading
 
 
 def good_rows(

@@ -20,6 +20,8 @@ COLUMNS: dict[Task, tuple[str, ...]] = {
     "labels": ("response", "label"),
 }
 """What each row must have, beside the prompt, which may be empty."""
+GROUP = "group"
+"""The key of a row's group, where rows are split by a column of their own."""
 
 _WORDS = {"true": 1.0, "good": 1.0, "yes": 1.0, "false": 0.0, "bad": 0.0, "no": 0.0}
 
@@ -43,31 +45,31 @@ class Example(NamedTuple):
 
 
 def split(
-    rows: Sequence[Mapping[str, Any]], fraction: float, seed: int, by: str | None = None
+    rows: Sequence[Mapping[str, Any]], fraction: float, seed: int
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
     """Training and held-out rows; rows of one group stay on one side.
 
     Args:
-        rows: With the key `by`, if it is given.
+        rows: Those with the same value under `GROUP` are a group; without it those with the same prompt are, each
+            without a prompt being one of its own.
         fraction: Share of the groups that is held out.
         seed: Which groups.
-        by: Rows that have the same value here are a group; None: rows that have the same prompt, each row without a
-            prompt being one of its own.
 
     Raises:
         ValueError: If a side would be empty.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction: expected a share between 0 and 1, got {fraction}")
-    keys = [_group(row, number, by) for number, row in enumerate(rows)]
+    keys = [_group(row, number) for number, row in enumerate(rows)]
     if len(set(keys)) < 2:
-        raise ValueError(f"split_by: expected rows of at least 2 groups, got {len(set(keys))} ({by or 'prompt'})")
+        of = "split_by" if any(GROUP in row for row in rows) else "prompt"
+        raise ValueError(f"split_by: expected rows of at least 2 groups, got {len(set(keys))} (by {of})")
     return split_groups(rows, keys, fraction, seed)
 
 
-def _group(row: Mapping[str, Any], number: int, by: str | None) -> Hashable:
-    if by is not None:
-        return str(row[by])
+def _group(row: Mapping[str, Any], number: int) -> Hashable:
+    if GROUP in row:
+        return str(row[GROUP])
     return str(row["prompt"]) if row["prompt"] else number
 
 

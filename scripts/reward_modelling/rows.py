@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from scripts.reward_modelling.examples import COLUMNS, Task, Text, as_label
+from scripts.reward_modelling.examples import COLUMNS, GROUP, Task, Text, as_label
 from textenv.prompts import as_chat, chat_ids, is_messages
 from textenv.table_files import shown
 from textenv.tables import Names, Reading, parse_rows
@@ -16,7 +16,7 @@ _RESPONSES = ("chosen", "rejected", "response")
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns are called."""
+    """What the columns are called; one that may be absent must be there if it is called otherwise than here."""
 
     prompt: str = "prompt"
     """Text or messages before the response; may be absent or empty."""
@@ -51,17 +51,18 @@ def read(
         task: Says which columns are needed.
         columns: What they are called.
         tokenizer: Renders messages; None: there are none.
-        split_by: A further column that is kept, under its own name.
+        split_by: A column that each row must have, whose values are the groups of `split`; that of the prompts is as
+            None: what has no prompt is a group of its own.
         chat_template: Whether a prompt that is text is what the user says in the tokenizer's chat template.
         strict: Whether bad rows are an error, or counted and skipped.
 
     Raises:
-        ValueError: If nothing is left; with `strict`, if a row is bad.
+        ValueError: If nothing is left, or a column is missing; with `strict`, if a row is bad.
     """
     required, optional = [*COLUMNS[task]], ["prompt", *(["margin"] if task == "pairs" else [])]
-    if split_by is not None and split_by not in (*required, *optional):
-        required.append(split_by)
     names = _names(required, optional, columns)
+    if split_by not in (None, columns.prompt):
+        names = replace(names, required=[*required, GROUP], columns={**names.columns, GROUP: split_by})
     return parse_rows(source, names, lambda row: _plain_row(row, names, tokenizer, chat_template), strict=strict)
 
 
