@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import re
 import sys
@@ -88,11 +89,14 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{both}: expected the folder of one dataset, got .* {both}/train, {both}/te"):
         read_rows(both, NAMES)
     assert read_rows(both / "test", NAMES) == ROWS
-    data.save_to_disk(broken)
-    (broken / "state.json").write_text("{oops")
-    for folder in (tmp_path, broken):
-        with pytest.raises(ValueError, match=f"{folder}: expected a folder of Dataset.save_to_disk, got an error"):
-            read_rows(folder, NAMES)
+    refused = "{folder}: expected a folder of Dataset.save_to_disk, got an error"
+    with pytest.raises(ValueError, match=refused.format(folder=tmp_path)):
+        read_rows(tmp_path, NAMES)
+    for file, content in itertools.product(("state.json", "dataset_info.json"), ("{oops", "[]", "null", "[1]", '"x"')):
+        data.save_to_disk(broken)
+        (broken / file).write_text(content)
+        with pytest.raises(ValueError, match=refused.format(folder=broken)):
+            read_rows(broken, NAMES)
 
 
 @pytest.mark.parametrize(("name", "library"), [("folder", "datasets"), ("a.parquet", "pyarrow")])
@@ -126,6 +130,12 @@ def test_any_text_survives(tmp_path: Path, suffix: str, rows: list[dict[str, str
 def test_forms_of_csv(tmp_path: Path, content: str) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(content.encode())
+    assert read_rows(path, NAMES) == ROWS[:1]
+
+
+def test_columns_without_a_name_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,chosen,,\nax,by,,\n")
     assert read_rows(path, NAMES) == ROWS[:1]
 
 
@@ -213,6 +223,22 @@ def test_what_a_parser_refuses_is_a_bad_row_with_its_place() -> None:
         parse_rows([{"a": 3}], Names(["a"]), even)
 
 
+@pytest.mark.parametrize(
+    "read",
+    [lambda rows: read_rows(rows, ["prompt"]), lambda rows: read_prompts(rows, strict=False)],
+    ids=["read_rows", "read_prompts"],
+)
+def test_the_warning_points_at_the_caller_and_never_prints_all_rows(read: Any) -> None:
+    class Rows(list):
+        def __repr__(self) -> str:
+            raise AssertionError("expected no repr of all rows")
+
+    rows = Rows([{"prompt": "ax"}, {}])
+    with pytest.warns(UserWarning, match=r"^the Rows: skipped 1 of 2 rows; the first: row 1: expected ") as seen:
+        assert len(read(rows)) == 1
+    assert [warning.filename for warning in seen] == [__file__]
+
+
 def test_nothing_is_told_of_good_rows() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -221,6 +247,7 @@ def test_nothing_is_told_of_good_rows() -> None:
 
 BAD_FILES: list[tuple[str, str, str]] = [
     ("a.csv", "a,c\nx,1\n", r"columns: expected \['b'\] in .*a.csv, got \['a', 'c'\]"),
+    ("a.csv", "a,b,c,b\nx,1,2,3\n", r"columns: expected different names in .*a.csv, got \['b'\] more than once"),
     ("a.csv", "", r"columns: expected \['a', 'b'\] in .*a.csv, got \[\]"),
     ("a.csv", "a,b\n", r"a.csv: expected rows, got none$"),
     ("a.csv", '"a"x,b\n', r"a.csv:1: expected a heading, got an error"),
@@ -255,5 +282,5 @@ def test_bad_arguments(tmp_path: Path) -> None:
         read_rows("a b " * 1000, ["a"])
     with pytest.raises(ValueError, match=r"source: expected .*, got 5"):
         read_rows(5, ["a"])
-    with pytest.raises(ValueError, match=r"\[\]: expected rows, got none$"):
+    with pytest.raises(ValueError, match=r"^the list: expected rows, got none$"):
         read_rows([], ["a"])

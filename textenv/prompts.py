@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from textenv.table_files import SUFFIXES, Record, read_records, read_text, shown
-from textenv.tables import good_rows
+from textenv.tables import sift
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or messages (`role` and `content` each) for the tokenizer's chat template."""
@@ -80,7 +80,7 @@ def read_prompts(
             raise ValueError(f"expected at least one prompt, got none from {shown(source)}")
         if not isinstance(source, str | Path):
             _check_no_files(records)
-        return good_rows(source, records, lambda value: _prompt(value, column), strict=strict, tell=tell)
+        return sift(source, records, lambda value: _prompt(value, column), strict=strict).told(tell)
     except ValueError as error:
         raise ValueError(f"prompts: {error}") from error
 

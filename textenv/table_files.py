@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,15 @@ def read_records(source: Any, needed: Sequence[str] = ()) -> Iterator[Record]:
     if schema is not None:
         check_columns("the dataset", schema, needed)
     return (Record(f"row {index}", row) for index, row in enumerate(source))
+
+
+def source_name(source: Any) -> str:
+    """What a source is called in an error: a path as it is, what lies in memory by its type, as it may be long.
+
+    >>> source_name("a.csv"), source_name([{"a": 1}])
+    ('a.csv', 'the list')
+    """
+    return str(source) if isinstance(source, str | Path) else f"the {type(source).__name__}"
 
 
 def shown(value: Any, width: int = 80) -> str:
@@ -163,6 +173,9 @@ def _delimited(path: Path, delimiter: str, needed: Sequence[str]) -> list[Record
     try:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         heading = next((cells for cells in reader if cells), [])
+        twice = [name for name, count in Counter(heading).items() if count > 1 and name]  # those without may be many
+        if twice:
+            raise ValueError(f"columns: expected different names in {path}, got {twice} more than once")
         check_columns(str(path), heading, needed)
         return list(_cells(path, reader, heading))
     except csv.Error as error:
@@ -207,7 +220,7 @@ def _saved_dataset(path: Path, needed: Sequence[str]) -> Iterator[Record]:
 
     try:
         data = load_from_disk(str(path))
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # its files may hold any JSON
         raise ValueError(f"{path}: expected a folder of Dataset.save_to_disk, got an error ({error})") from error
     if isinstance(data, DatasetDict):
         names = ", ".join(str(path / str(name)) for name in data)

@@ -6,10 +6,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from textenv.table_files import Record, check_columns, read_records, shown
+from textenv.table_files import Record, check_columns, read_records, shown, source_name
 
 T = TypeVar("T")
 
@@ -41,7 +40,7 @@ class Reading(Generic[T]):
 
         Args:
             tell: Takes the line. None: `warnings.warn`, which is seen without any setup of logging and which a program
-                can turn into an error.
+                can turn into an error; it points at the line that has called the function that calls this.
         """
         if self.skipped:
             line = f"{self.source}: skipped {self.skipped} of {self.counts['read']} rows{self.why}"
@@ -168,18 +167,6 @@ def parse_rows(source: Any, names: Names, parse: Callable[[dict[str, Any]], T], 
     return reading
 
 
-def good_rows(
-    source: Any,
-    records: Iterable[Record],
-    parse: Callable[[Any], T],
-    *,
-    strict: bool = False,
-    tell: Callable[[str], object] | None = None,
-) -> list[T]:
-    """What `sift` keeps; `tell` is as in `read_rows`."""
-    return sift(source, records, parse, strict=strict).told(tell)
-
-
 def sift(source: Any, records: Iterable[Record], parse: Callable[[Any], T], *, strict: bool = False) -> Reading[T]:
     """What is made of each record; bad ones are counted, or an error.
 
@@ -206,7 +193,7 @@ def sift(source: Any, records: Iterable[Record], parse: Callable[[Any], T], *, s
         skipped += 1
         if len(problems) < _SHOWN:
             problems.append(f"{record.where}: {problem}")
-    reading = Reading(str(source) if isinstance(source, str | Path) else shown(source), found, skipped, tuple(problems))
+    reading = Reading(source_name(source), found, skipped, tuple(problems))
     if not found:
         of = f" of {skipped}" if skipped else ""
         raise ValueError(f"{reading.source}: expected rows, got none{of}{reading.why}")

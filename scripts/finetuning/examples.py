@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from textenv.prompts import as_chat, chat_ids, is_messages
-from textenv.table_files import Record, read_records, read_text, shown
+from textenv.table_files import Record, read_records, read_text, shown, source_name
 from textenv.tables import Names, Reading, sift
 
 Form = Literal["text", "pairs", "messages"]
@@ -210,7 +210,9 @@ def read_examples(
     examples = reading.told(tell)
     cut = sum(example.cut for example in examples)
     if cut:
-        (tell or warnings.warn)(f"{source}: cut {cut} of {len(examples)} examples to {encoder.max_tokens} tokens")
+        (tell or warnings.warn)(
+            f"{reading.source}: cut {cut} of {len(examples)} examples to {encoder.max_tokens} tokens"
+        )
     return reading
 
 
@@ -231,6 +233,5 @@ def _form(source: Any, records: Sequence[Record], columns: Columns) -> Form:
     for form in forms:
         if all(name in first for name in columns.of(form).needed):
             return form
-    raise ValueError(
-        f"columns: expected one of {[columns.of(form).needed for form in forms]} in {source}, got {list(first)}"
-    )
+    needed, where = [columns.of(form).needed for form in forms], source_name(source)
+    raise ValueError(f"columns: expected one of {needed} in {where}, got {list(first)}")
