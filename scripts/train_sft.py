@@ -39,7 +39,7 @@ from scripts.finetuning.training import (
     split,
 )
 from scripts.options import device_of, run
-from scripts.trainer_config import last_checkpoint
+from scripts.trainer_config import last_checkpoint, step_of
 from textenv.models import (
     check_tokenizer_fits,
     context_length,
@@ -155,7 +155,7 @@ def sides(flags: DataFlags, readings: Mapping[str, Reading[Example]], seed: int)
 def first_row(flags: Flags) -> int:
     """The row of `metrics.jsonl` from which on a resumed run writes anew."""
     last = last_checkpoint(flags.out / "checkpoints") if flags.resume else None
-    return 0 if last is None else int(last.rsplit("-", 1)[1]) + 1
+    return 0 if last is None else step_of(last) + 1
 
 
 def evaluate(model: Any, heldout: list[Example], config: SFTConfig) -> float | None:

@@ -109,6 +109,15 @@ def training_arguments(
     return arguments
 
 
+def step_of(checkpoint: str) -> int:
+    """The optimizer step after which the Trainer wrote a checkpoint.
+
+    >>> step_of("runs/sft/checkpoints/checkpoint-120")
+    120
+    """
+    return int(checkpoint.rsplit("-", 1)[1])
+
+
 def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint; what a killed run has left unfinished after it is removed.
 

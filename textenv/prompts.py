@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from textenv.table_files import SUFFIXES, Record, read_records, read_text, shown
+from textenv.table_files import SUFFIXES, Record, read_lines, read_records, shown
 from textenv.tables import sift
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -95,9 +95,7 @@ def _is_prompts(source: Any) -> bool:
 
 def _records(source: Any, column: str) -> Iterator[Record]:
     if isinstance(source, str | Path) and Path(source).suffix == ".txt":
-        # Not splitlines(): it also splits at U+2028 and its like, which are part of a text.
-        lines = enumerate(read_text(Path(source)).split("\n"), start=1)
-        return (Record(f"{source}:{number}", line.removesuffix("\r")) for number, line in lines if line.strip())
+        return read_lines(Path(source))
     return read_records(source, [column])
 
 

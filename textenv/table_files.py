@@ -82,6 +82,17 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path}:{line}: expected UTF-8 text, got {_bad_byte(error)}") from error
 
 
+def read_lines(path: Path) -> Iterator[Record]:
+    """Each line of a text that is not blank.
+
+    Raises:
+        ValueError: As `read_text`.
+    """
+    # Not splitlines(): it also splits at U+2028 and its like, which are part of a text.
+    lines = enumerate(read_text(path).split("\n"), start=1)
+    return (Record(f"{path}:{number}", line.removesuffix("\r")) for number, line in lines if line.strip())
+
+
 def read_bytes(path: Path) -> bytes:
     """The bytes of a file, without a byte-order mark.
 

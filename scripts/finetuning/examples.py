@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from textenv.prompts import as_chat, chat_ids, is_messages
-from textenv.table_files import Record, read_records, read_text, shown, source_name
+from textenv.table_files import Record, read_lines, read_records, shown, source_name
 from textenv.tables import Names, Reading, sift
 
 Form = Literal["text", "pairs", "messages"]
@@ -218,12 +218,7 @@ def read_examples(
 
 def _records(source: Any, columns: Columns, form: Form | None) -> Iterator[Record]:
     if isinstance(source, str | Path) and Path(source).suffix == ".txt":
-        lines = enumerate(read_text(Path(source)).split("\n"), start=1)
-        return (
-            Record(f"{source}:{number}", {columns.text: line.removesuffix("\r")})
-            for number, line in lines
-            if line.strip()
-        )
+        return (replace(line, value={columns.text: line.value}) for line in read_lines(Path(source)))
     return read_records(source, columns.of(form).needed if form else ())
 
 

@@ -18,7 +18,7 @@ from agents.tracking import Tracker
 from scripts.finetuning.batches import Autocast, Collate, flattened, heldout_loss, isolates, padded
 from scripts.finetuning.examples import Example
 from scripts.splitting import split_groups
-from scripts.trainer_config import TrainerConfig, last_checkpoint, training_arguments
+from scripts.trainer_config import TrainerConfig, last_checkpoint, step_of, training_arguments
 from textenv.dropout import disable_dropout
 
 
@@ -172,7 +172,7 @@ def finetune(
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(folder) if resume else None
     start = time.perf_counter()
-    done = _steps(checkpoint)
+    done = 0 if checkpoint is None else step_of(checkpoint)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds, steps = time.perf_counter() - start, trainer.state.global_step
     tokens = config.epochs * sum(len(e.input_ids) for e in examples) * (steps - done) / max(steps, 1)
@@ -183,10 +183,6 @@ def finetune(
         model.config.use_cache = use_cache
     loss = result.training_loss if steps > done else None
     return Trained(model, steps, loss, tokens / seconds, collate is flattened)
-
-
-def _steps(checkpoint: str | None) -> int:
-    return 0 if checkpoint is None else int(checkpoint.rsplit("-", 1)[1])
 
 
 def _with_adapters(model: Any, rank: int) -> Any:
