@@ -34,7 +34,7 @@ class EnvFlags:
     if absent."""
     prompts: tuple[str, ...] | None = None
     """Files of prompts to train on (.txt, .jsonl, .json, .csv, .tsv, .parquet, or the folder of a saved dataset), each
-    drawn alike, or by its weight if written file=weight and no folder is called so; the embedded openings if absent."""
+    drawn alike, or by its weight if written file=weight and nothing is called so; the embedded openings if absent."""
     heldout: str | None = None
     """A file of prompts to evaluate on; the embedded held-out openings if absent."""
     prompt_column: str = "prompt"
