@@ -66,7 +66,7 @@ class Flags:
     save_every: int = 10
     """Updates between checkpoints; 0: at the end only."""
     keep_every: int = 0
-    """Updates between policies that are kept, in `policies/` by their number of updates; 0: the last one only."""
+    """Updates between policies that are kept on the way, in `policies/` by their number of updates; 0: none is."""
     out: Path = Path("runs/ppo")
     """Folder of everything that is written; of another algorithm, `runs/` and its name."""
     resume: bool = False

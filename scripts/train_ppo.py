@@ -122,7 +122,7 @@ def learn(flags: Flags, agent: Agent) -> None:
             if agent.config.eval_every and best.is_dir() and not (best / FILE).exists():
                 # It may be of an earlier update, after which the run was killed.
                 replace(trained(flags, agent), updates=read_checkpoint(best).state["updates"]).save(best)
-            if flags.keep_every and update % flags.keep_every == 0:
+            if flags.keep_every and update % flags.keep_every == 0 and update < flags.iterations:
                 keep(flags, agent, flags.out / "policies" / f"{update:06}")
             if flags.save_every and update % flags.save_every == 0:
                 save()

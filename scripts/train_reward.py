@@ -10,7 +10,6 @@ Writes `model` (a sequence classifier, or a folder of words: either is a `--env.
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from scripts.reward_modelling.examples import split
 from scripts.reward_modelling.making import Recipe, make
 from scripts.reward_modelling.report import show, write
 from scripts.reward_modelling.rows import Columns, read, read_texts
+from scripts.trainer_config import begin
 from textenv.models import load_tokenizer
 from textenv.tables import Reading
 
@@ -91,8 +91,7 @@ def main(flags: Flags) -> None:
         training, heldout = rows["data"], rows["heldout"]
     else:
         training, heldout = split(rows["data"], flags.heldout_frac, flags.recipe.seed)
-    if not flags.resume:
-        shutil.rmtree(flags.out / "checkpoints", ignore_errors=True)
+    begin(flags.out / "checkpoints", flags, resume=flags.resume)
     report = make(
         training, heldout, flags.recipe, flags.out, base=base, device=device_of(flags.device),
         reference=rows.get("reference"), resume=flags.resume, trust_remote_code=flags.trust_remote_code, tell=tell,

@@ -12,7 +12,6 @@ to `runs/sft`: `model`, a Hugging Face folder with the tokenizer, `metrics.jsonl
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -39,7 +38,7 @@ from scripts.finetuning.training import (
     split,
 )
 from scripts.options import device_of, run
-from scripts.trainer_config import last_checkpoint, step_of
+from scripts.trainer_config import begin, last_checkpoint, step_of
 from textenv.models import (
     check_tokenizer_fits,
     context_length,
@@ -116,11 +115,9 @@ def main(flags: Flags) -> None:
         f"({sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {model.device}) "
         f"on {len(examples)} examples, {len(heldout)} held out → {flags.out}"
     )
-    flags.out.mkdir(parents=True, exist_ok=True)
-    if not flags.resume:
-        shutil.rmtree(flags.out / "checkpoints", ignore_errors=True)
-    before = evaluate(model, heldout, config)
     checkpoints = flags.out / "checkpoints"
+    begin(checkpoints, flags, resume=flags.resume)
+    before = evaluate(model, heldout, config)
     with no_progress_bar(), closing(MetricsFile(flags.out / "metrics.jsonl", first_row(flags))) as tracker:
         trained = finetune(model, examples, heldout, config, checkpoints, tracker, resume=flags.resume)
         trained.model.save_pretrained(flags.out / "model")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +108,49 @@ def training_arguments(
     # the rows of a comparison belong together.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+_SETTINGS = "settings.json"
+_FREE = ("out", "resume", "threads", "device", "trust_remote_code")
+"""Flags of a script that are no settings of its run."""
+
+
+def begin(folder: Path, flags: Any, *, resume: bool) -> None:
+    """Make a folder of checkpoints ready: emptied, or, to resume, one of a run with these very settings.
+
+    Args:
+        folder: Of the checkpoints.
+        flags: Of the script, a dataclass.
+        resume: Whether to go on from what is there.
+
+    Raises:
+        ValueError: If what is there was begun with others.
+    """
+    settings = {name: value for name, value in asdict(flags).items() if name not in _FREE}
+    told = json.loads(json.dumps(settings, default=str))
+    file = folder / _SETTINGS
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)
+    elif file.is_file():
+        before, now = _flat(json.loads(file.read_text(encoding="utf8"))), _flat(told)
+        other = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if other:
+            had, have = ({name: one.get(name) for name in other} for one in (before, now))
+            raise ValueError(f"resume: expected the settings that the run was begun with, {had}, got {have}")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(told) + "\n", encoding="utf8")
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Settings by their flags.
+
+    >>> _flat({"sft": {"epochs": 1.0}, "model": None})
+    {'sft.epochs': 1.0, 'model': None}
+    """
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        found |= _flat(value, f"{above}{name}.") if isinstance(value, Mapping) else {f"{above}{name}": value}
+    return found
 
 
 def step_of(checkpoint: str) -> int:

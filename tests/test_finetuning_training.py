@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from agents import ValueHeadLM
 from scripts.finetuning.batches import flattened, heldout_loss, isolates, padded
 from scripts.finetuning.examples import Example
 from scripts.finetuning.training import SFTConfig, autocast, collator, finetune, split
+from scripts.trainer_config import begin
 from tests.agent_fixtures import identical, weights
 from tests.conftest import make_gpt2, make_llama
 
@@ -340,3 +342,27 @@ def test_a_checkpoint_that_a_killed_run_left_unfinished_is_passed_over(tmp_path:
     (tmp_path / "checkpoint-10" / "model.safetensors").write_text("half")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")
     assert not (tmp_path / "checkpoint-10").exists()
+
+
+# Runs.
+
+
+def test_a_run_is_not_resumed_with_other_settings(tmp_path: Path) -> None:
+    pytest.importorskip("tyro")
+    from scripts import train_sft
+
+    folder = tmp_path / "checkpoints"
+    flags = train_sft.Flags(data=train_sft.DataFlags(train="tales.jsonl"), sft=SFTConfig(epochs=2.0))
+    begin(folder, flags, resume=True)  # nothing is there: begins
+    (folder / "checkpoint-3").mkdir()
+    begin(folder, replace(flags, threads=3, device="cuda", out=Path("moved")), resume=True)
+    for other, told in (
+        (replace(flags, sft=SFTConfig(epochs=3.0)), r"{'sft.epochs': 2.0}, got {'sft.epochs': 3.0}"),
+        (replace(flags, data=train_sft.DataFlags(train="other")), r"{'data.train': 'tales.jsonl'}, got"),
+    ):
+        with pytest.raises(ValueError, match=f"^resume: expected the settings that the run was begun with, {told}"):
+            begin(folder, other, resume=True)
+    assert (folder / "checkpoint-3").is_dir()
+    begin(folder, replace(flags, sft=SFTConfig(epochs=3.0)), resume=False)
+    assert not (folder / "checkpoint-3").exists()
+    begin(folder, replace(flags, sft=SFTConfig(epochs=3.0)), resume=True)

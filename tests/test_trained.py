@@ -123,10 +123,10 @@ def test_kept_policies_are_a_line_of_the_frontier(
     (tmp_path / "run" / "policies" / "000009").mkdir(parents=True)  # of an earlier run
     flags = [*task, "--out", "run", "--keep-every", "2", "--save-every", "1", "--ppo.eval-every", "1"]
     train_ppo.main(train_ppo.parse([*flags, "--iterations", "3"]))
-    train_ppo.main(train_ppo.parse([*flags, "--iterations", "4", "--resume"]))
+    train_ppo.main(train_ppo.parse([*flags, "--iterations", "5", "--resume"]))
     policies = sorted(Path("run/policies").iterdir())
     assert [path.name for path in policies] == ["000002", "000004"]
-    for folder, updates in (("policies/000002", 2), ("policies/000004", 4), ("policy", 4), ("checkpoint", 4)):
+    for folder, updates in (("policies/000002", 2), ("policies/000004", 4), ("policy", 5), ("checkpoint", 5)):
         trained = TrainedWith.load(f"run/{folder}")
         assert trained is not None and (trained.updates, trained.run) == (updates, str(tmp_path / "run"))
     best, state = TrainedWith.load("run/best"), json.loads(Path("run/best/trainer.json").read_text())
@@ -140,6 +140,11 @@ def test_kept_policies_are_a_line_of_the_frontier(
     evaluated(capsys, "--model", "run/policy", "--others", *reversed(policies), "unlike=start")
     evaluated(capsys, "--model", "run/policy", "--others", policies[0], "--baseline", "start")
     assert joined == [[["reference", "000002", "000004", "model"]], [["000002", "model"]]]
+
+
+def test_the_last_policy_is_not_kept_twice(tmp_path: Path, task: list[str]) -> None:
+    train_ppo.main(train_ppo.parse([*task, "--out", "run", "--keep-every", "1", "--iterations", "2"]))
+    assert [path.name for path in Path("run/policies").iterdir()] == ["000001"]
 
 
 def test_a_run_goes_on_in_its_own_environment(
