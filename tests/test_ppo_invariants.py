@@ -109,7 +109,8 @@ def test_padding_of_the_rollout_changes_nothing() -> None:
     agents = [make_agent() for _ in range(2)]
     rollouts = [agent.collect() for agent in agents]
     padded = {}
-    for name in ("mask", "rewards", "old_logprobs", "behavior_logprobs", "ref_logprobs", "entropy", "values", "ids"):
+    laws = ("old_logprobs", "behavior_logprobs", "trainer_logprobs", "ref_logprobs")
+    for name in ("mask", "rewards", *laws, "entropy", "values", "ids"):
         tensor = getattr(rollouts[1], name)
         fill = {"mask": False, "ids": 3}.get(name, float("nan"))
         padded[name] = torch.nn.functional.pad(tensor, (0, 4), value=fill)
