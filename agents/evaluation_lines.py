@@ -92,10 +92,15 @@ def number_rows(results: Sequence[Result], second_name: str) -> list[tuple[Line,
     return rows
 
 
-def verdict(result: Result, second_name: str) -> str:
-    """In a sentence, whether the policy is over-optimised, or that this is not known."""
-    if "second_gain" not in result.gains or len(result.assessment.prompts) < 2:
-        return f"{result.name}: no second reward over two prompts or more, so over-optimisation was not looked for."
+def verdicts(results: Sequence[Result], second_name: str) -> list[tuple[str, bool | None]]:
+    """A sentence a policy, whether it is over-optimised or this is not known, and the flag; one if none was asked."""
+    ours = results[1:]
+    if ours and (len(results[0].assessment.prompts) < 2 or all("second_gain" not in one.gains for one in ours)):
+        return [("No second reward over two prompts or more, so over-optimisation was not looked for.", None)]
+    return [(_verdict(result, second_name), result.over_optimised) for result in ours]
+
+
+def _verdict(result: Result, second_name: str) -> str:
     score, second = (printed(result.gains[key], Line(key, "", "", 3), signed=True) for key in VERDICT)
     state = {
         True: " is over-optimised",

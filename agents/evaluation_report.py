@@ -18,7 +18,7 @@ from agents.evaluation_lines import (
     headlines,
     number_rows,
     sample_rows,
-    verdict,
+    verdicts,
 )
 from agents.evaluation_metrics import Result
 from agents.frontier import Lines, frontier_figure, points
@@ -72,7 +72,7 @@ def evaluation_markdown(results: Sequence[Result], second_name: str, title: str,
     """Verdicts, numbers and the first responses, as a Markdown page."""
     first = results[0].assessment
     out = [f"# {markdown(title)}", "", f"{counted(first)} {caution(results)}".strip(), ""]
-    out += [f"- {markdown(verdict(result, second_name))}" for result in results[1:]]
+    out += [f"- {markdown(told)}" for told, _ in verdicts(results, second_name)]
     names = [markdown(printable(result.name)) for result in results]
     out += ["", f"| | {' | '.join(names)} | |", "|:--|" + "--:|" * len(names) + ":--|"]
     for line, cells in number_rows(results, second_name):
@@ -106,7 +106,7 @@ def evaluation_html(
         "counted": counted(results[0].assessment),
         "caution": caution(results),
         "headlines": headlines(results, second_name),
-        "verdicts": [(verdict(result, second_name), result.over_optimised) for result in results[1:]],
+        "verdicts": verdicts(results, second_name),
         "names": [printable(result.name) for result in results],
         "numbers": number_rows(results, second_name),
         "subordinate": SUBORDINATE,
@@ -137,8 +137,8 @@ def print_evaluation(console: Console, results: Sequence[Result], *, second_name
         more = line.key in SUBORDINATE
         numbers.add_row(Text(f"  {line.name}" if more else line.name, "dim" if more else "bold"), *cells)
     console.print(numbers)
-    for result in results[1:]:
-        console.print(Text(verdict(result, second_name)))
+    for told, _ in verdicts(results, second_name):
+        console.print(Text(told))
     if caution(results):
         console.print(Text(caution(results), "yellow"))
     if not limit:

@@ -24,6 +24,7 @@ from scripts.trained import TrainedWith, shown
 from textenv.models import load_tokenizer
 from textenv.prompts import tokenize_prompts
 from textenv.rewards.base import TextDecoder
+from textenv.types import FinishReason
 
 SAMPLING = ("max_new_tokens", "temperature", "stop_token_ids", "chat_template")
 """Settings of training that a chat goes by."""
@@ -86,8 +87,9 @@ def main(flags: Flags) -> None:
             temperature=flags.temperature,
             seed=seed,
         )
-        for start, response in zip(*decode(ids, drawn.responses), strict=True):
-            console.print(f"[dim]{_plain(start)}[/][bold]{_plain(response)}[/]", highlight=False, end="\n\n")
+        for start, response, reason in zip(*decode(ids, drawn.responses), drawn.finish_reasons, strict=True):
+            cut = " [dim]…[/]" if reason == FinishReason.LENGTH else ""
+            console.print(f"[dim]{_plain(start)}[/][bold]{_plain(response)}[/]{cut}", highlight=False, end="\n\n")
         seed += 1
         if flags.prompt is not None:
             return
