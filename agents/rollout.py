@@ -49,7 +49,7 @@ class Rollout:
     ref_logprobs: Tensor
     """`[B, T]`: log π_ref; zeros without a reference."""
     entropy: Tensor
-    """`[B, T]`: entropy of π(·|s_t); without a forward of the trainer's, −log π(a_t|s_t), of which it is the mean."""
+    """`[B, T]`: entropy of π(·|s_t); under `old_logprobs="sampler"` −log π(a_t|s_t), of which it is the mean."""
     values: Tensor
     """`[B, T]`: V(s_t), in reward units; zeros without a critic."""
     bootstrap_values: Tensor
