@@ -186,6 +186,13 @@ def tokenize_prompts(
     return result
 
 
+def closing_count(tokenizer: Any) -> int:
+    """How many ids the tokenizer puts behind every text by itself, an EOS for instance."""
+    bare, dressed = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    before = next(i for i in range(len(dressed) + 1) if dressed[i : i + len(bare)] == bare)
+    return len(dressed) - before - len(bare)
+
+
 def as_chat(text: str) -> list[Mapping[str, Any]]:
     """Messages in which the user says it."""
     return [{"role": "user", "content": text}]

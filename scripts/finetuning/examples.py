@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from textenv.prompts import as_chat, chat_ids, is_messages
+from textenv.prompts import as_chat, chat_ids, closing_count, is_messages
 from textenv.table_files import Record, read_lines, read_records, shown, source_name
 from textenv.tables import Names, Reading, sift
 
@@ -148,9 +148,7 @@ class Encoder:
     @cached_property
     def _closing(self) -> int:
         """How many ids the tokenizer puts behind a text by itself."""
-        bare, dressed = (self.tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-        before = next(i for i in range(len(dressed) + 1) if dressed[i : i + len(bare)] == bare)
-        return len(dressed) - before - len(bare)
+        return closing_count(self.tokenizer)
 
     def _ended(self, ids: list[int], learnt: list[bool]) -> Example:
         return self._cut([*ids, self.tokenizer.eos_token_id], [*learnt, True])

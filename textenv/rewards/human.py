@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from textenv.rewards.combinators import check_number
-from textenv.rewards.lexicon import finite_number
+from textenv.tables import as_number
 
 Ask = Callable[[str, str], str]
 """From prompt and response, made safe to show, to what the human typed."""
@@ -43,7 +43,7 @@ class HumanReward:
     def _one(self, pair: tuple[str, str]) -> float:
         while pair not in self.answers:
             typed = self.ask(printable(pair[0]), printable(pair[1]))
-            score = finite_number(typed)
+            score = as_number(typed)
             if score is not None and self.low <= score <= self.high:
                 self.answers[pair] = score
         return self.answers[pair]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from textenv.models import Shared, context_length, load_causal_lm, load_tokenizer, logit_width, unwrap
+from textenv.prompts import closing_count
 from textenv.reference import Reference
 from textenv.rewards.base import RewardContext, TextDecoder
 from textenv.rewards.batching import check_lengths, padded
@@ -150,8 +151,7 @@ class TextLogProbReward:
         if self.tokenizer.eos_token_id is None:
             raise ValueError(f"reward: expected a judge whose tokenizer has an EOS token, got {source}")
         self.logprobs = TokenLogprobs(source, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        added = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
-        self.tail = added[::-1].index(0)
+        self.tail = closing_count(self.tokenizer)
         """How many tokens the tokenizer puts after every text."""
 
     def ids(self, text: str) -> list[int]:

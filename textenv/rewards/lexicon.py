@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from textenv.tables import as_number
+
 _WORD = re.compile(r"[a-z']+")
 
 
@@ -55,7 +57,7 @@ def read_lexicon(path: str | Path) -> dict[str, float]:
         ]
     values = {}
     for number, row in rows:
-        value = finite_number(row[1]) if len(row) > 1 else None
+        value = as_number(row[1]) if len(row) > 1 else None
         if value is None and number > 1:
             raise ValueError(f"lexicon: expected a word and its value in line {number} of {path.name}, got {row!r}")
         if value is not None and _WORD.fullmatch(row[0]):
@@ -63,19 +65,6 @@ def read_lexicon(path: str | Path) -> dict[str, float]:
     if not values:
         raise ValueError(f"lexicon: expected words and values in {path.name}, got none")
     return values
-
-
-def finite_number(text: str) -> float | None:
-    """What a text says, None if that is no finite number.
-
-    >>> finite_number(" -2.5 "), finite_number("nan")
-    (-2.5, None)
-    """
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)
