@@ -20,6 +20,7 @@ import textenv.packing as packing
 import textenv.short_attention as short_attention
 from agents import ValueHeadLM
 from tests.conftest import MAKERS, V, make_llama, make_qwen2
+from textenv.attention import attend_packed
 from textenv.packing import Packing, packed_hidden
 from textenv.row_cache import RowDecoder
 
@@ -58,9 +59,16 @@ def in_rows(hidden: torch.Tensor, pack: Packing, lengths: list[int]) -> torch.Te
 
 @pytest.mark.parametrize("name", sorted(MODELS))
 @settings(max_examples=25, deadline=None)
-@given(lengths=lengths_of_rows, spare=st.sampled_from([1, 200, 10**9]), short=st.sampled_from([0, 64]))
-@example(lengths=[2, 70], spare=1, short=64)
-def test_any_rows_are_each_row_alone_with_gradients(name: str, lengths: list[int], spare: int, short: int) -> None:
+@given(
+    lengths=lengths_of_rows,
+    spare=st.sampled_from([1, 200, 10**9]),
+    short=st.sampled_from([0, 64]),
+    few=st.sampled_from([0, 12]),
+)
+@example(lengths=[2, 70], spare=1, short=64, few=12)
+def test_any_rows_are_each_row_alone_with_gradients(
+    name: str, lengths: list[int], spare: int, short: int, few: int
+) -> None:
     model, ids = MODELS[name], rows_of(lengths)
     pack = Packing.of(torch.tensor(lengths))
     with pytest.MonkeyPatch.context() as patch:
@@ -68,6 +76,7 @@ def test_any_rows_are_each_row_alone_with_gradients(name: str, lengths: list[int
         patch.setattr(packing, "_WORTH_IT", 1.0)
         patch.setattr(packing, "_WORTH_IT_SHORT", 1.0)
         patch.setattr(short_attention, "_WIDTH", short)
+        patch.setattr(short_attention, "_FEW_COLUMNS", few)
         pack = Packing.of(torch.tensor(lengths))
         found = in_rows(packed_hidden(model.base_model, ids, pack), pack, lengths)
         expected = alone(model, ids, lengths)
@@ -82,7 +91,7 @@ def test_any_rows_are_each_row_alone_with_gradients(name: str, lengths: list[int
 
 
 def test_short_rows_that_learn_take_their_own_attention_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, taken, forward = make_llama(), [], short_attention.ShortAttention.forward
+    model, taken, forward = make_llama(head_dim=16), [], short_attention.ShortAttention.forward
 
     def counted_forward(*args: Any) -> Any:
         taken.append(None)
@@ -98,10 +107,36 @@ def test_short_rows_that_learn_take_their_own_attention_and_no_others(monkeypatc
     layers = len(model.base_model.layers)
     assert calls([3, 20, 5]) == layers
     assert calls([3, short_attention._WIDTH + 1, 5]) == 0
-    with torch.autocast("cpu", torch.bfloat16):
-        assert calls([3, 20, 5]) == 0
     with torch.no_grad():
         assert calls([3, 20, 5]) == 0
+    assert calls([20, 20, 20]) == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert calls([20, 20, 20]) == layers  # reduced precision is worth it without padding
+    model = make_llama(head_dim=8)
+    calls([3, 20, 5])  # the model is looked at once
+    assert calls([20, 20, 20]) == layers  # and so are small heads
+    with torch.no_grad():
+        assert calls([20, 20, 20]) == layers
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_reduced_precision_is_that_of_the_tensors_and_not_of_the_attention(autocast: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([3, 40, 5, 40])
+    query, key, value = (torch.randn(1, n, 88, 16, generator=generator).bfloat16().requires_grad_() for n in (4, 2, 2))
+    weights = torch.randn(1, 88, 4, 16, generator=generator).bfloat16()
+
+    def of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found, _ = attend_packed(None, q, k, v, pack.mask, packing=pack)
+        return [found, *torch.autograd.grad((found * weights).sum(), (query, key, value))]
+
+    pack = Packing.of(lengths)
+    found, exact = of(query, key, value), of(query.double(), key.double(), value.double())
+    for one, other in zip(found, exact, strict=True):
+        assert one.dtype == torch.bfloat16
+        # Each is float32's, rounded once: half a unit of 8 bits.
+        torch.testing.assert_close(one.double(), other.double(), rtol=2**-8, atol=1e-5)
 
 
 @given(lengths=lengths_of_rows, spare=st.sampled_from([1, 50, 10**9]))
@@ -109,19 +144,19 @@ def test_groups_hold_every_token_once(lengths: list[int], spare: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(packing._CALL_IN_CELLS, "cpu", spare)
         pack = Packing.of(torch.tensor(lengths))
-    assert [group.first for group in pack.groups] == [0, *(group.last for group in pack.groups[:-1])]
-    assert pack.groups[-1].last == sum(lengths) == len(pack.cells)
     assert sum(group.rows for group in pack.groups) == len(lengths)
     tokens = [(row, place) for row, n in enumerate(lengths) for place in range(n)]
     assert sorted(pack.cells.tolist()) == sorted(row * max(lengths) + place for row, place in tokens)
-    for group in pack.groups:
-        place = group.cells % group.width
-        assert torch.equal(place, pack.positions[group.first : group.last])
-        assert len(set(group.cells.tolist())) == group.last - group.first
+    numbers = torch.arange(1, sum(lengths) + 1)
+    cells = pack.padded(numbers)
+    assert torch.equal(pack.unpadded(cells), numbers) and int(cells.sum()) == int(numbers.sum())
+    rows = [row for group in pack.split(pack.padded(pack.positions + 1)) for row in group]
+    for row, length in zip(rows, sorted(lengths), strict=True):
+        assert row.tolist() == [*range(1, length + 1), *[0] * (len(row) - length)]
 
 
 def test_padding_costs_nothing() -> None:
-    model = make_llama()
+    model = make_llama(head_dim=16)
     packed_hidden(model.base_model, rows_of([1, 9]), Packing.of(torch.tensor([1, 9])))  # the model is looked at once
     with counted(model) as seen:
         packed_hidden(model.base_model, rows_of([3, 20, 5]), Packing.of(torch.tensor([3, 20, 5])))

@@ -162,20 +162,18 @@ def attend_packed(
         raise NotImplementedError("attention: expected plain causal attention, got one with biases, sinks or two sizes")
     if not dropout and is_short(query, packing):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        return ShortAttention.apply(*rows, scale, packing.groups)[None], None
+        return ShortAttention.apply(query[0], key[0], value[0], scale, packing)[None], None
     heads, shared = [query.shape[1], key.shape[1], value.shape[1]], query.shape[1] != key.shape[1]
     # Queries, keys and values together, and all groups by one split: every operation has its price, twice in backward.
     tokens = torch.cat([tensor[0].transpose(0, 1) for tensor in (query, key, value)], dim=1)
     found = []
-    for group, part in zip(packing.groups, tokens.split([g.last - g.first for g in packing.groups]), strict=True):
-        cells = part.new_zeros(group.rows * group.width, *part.shape[1:]).index_copy(0, group.cells, part)
-        padded = cells.view(group.rows, group.width, *part.shape[1:]).transpose(1, 2).split(heads, dim=1)
+    for cells in packing.split(packing.padded(tokens)):
+        padded = cells.transpose(1, 2).split(heads, dim=1)
         out = F.scaled_dot_product_attention(
             *padded, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=shared
         )
-        found.append(out.transpose(1, 2).flatten(0, 1).index_select(0, group.cells))
-    return torch.cat(found)[None], None
+        found.append(out.transpose(1, 2).flatten(0, 1))
+    return packing.unpadded(torch.cat(found))[None], None
 
 
 def _sdpa(*arguments: Any, **others: Any) -> tuple[Tensor, None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from textenv.attention import can_attend, plain_attention
-from textenv.short_attention import products_win
+from textenv.short_attention import products_win, win_by_far
 
 _WORTH_IT, _WORTH_IT_SHORT = 0.9, 0.95
 """Share of tokens among the cells of the batch up to which padding is left out: laying out has a price too, which short
-rows that learn win back by their attention."""
+rows win back by their attention."""
 
 _CALL_IN_CELLS = {"cpu": 2**11, "cuda": 2**22}
 """Cells of attention (queries × keys of a row) that cost as much as one more call of the kernel, about: measured on a
@@ -25,18 +26,12 @@ _packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 class Group(NamedTuple):
-    """Rows of similar lengths, which stand together: tokens `first` to `last` of a packing, as n rows of width W."""
+    """Rows of similar lengths, which attention pads to the longest of them."""
 
-    first: int
-    """The first of its tokens."""
-    last: int
-    """One past the last."""
     rows: int
     """n."""
     width: int
-    """W, the longest of them."""
-    cells: Tensor
-    """`[last − first]` int64: each token's place in the flattened `[n, W]`."""
+    """W."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +48,14 @@ class Packing:
     """`[N]` int64: each token's place in its row."""
     starts: Tensor
     """`[B]` int64: where each row begins among the N tokens."""
+    places: Tensor
+    """`[N]` int64: each token's place among the cells of all groups, `[Σ n·W]`, group after group."""
     groups: tuple[Group, ...]
     """What attention computes together."""
     mask: Tensor
     """`[1, 1, 1, 1]`: what a model hands on unread, as a mask that somebody has prepared."""
+    made: dict[Any, Any] = field(default_factory=dict)
+    """What layers made for it, to be made once."""
 
     @classmethod
     def of(cls, lengths: Tensor) -> Packing:
@@ -77,14 +76,38 @@ class Packing:
         def on_device(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(lengths.device)
 
-        groups = []
-        for low, high in _alike(sizes, _CALL_IN_CELLS.get(lengths.device.type, 2**22)):
-            first, last, wide = int(ends[low] - sizes[low]), int(ends[high - 1]), int(sizes[high - 1])
-            cells = (rank[first:last] - low) * wide + positions[first:last]
-            groups.append(Group(first, last, high - low, wide, on_device(cells)))
-        cells = on_device(order[rank] * width + positions)
+        spans = _alike(sizes, _CALL_IN_CELLS.get(lengths.device.type, 2**22))
+        groups = tuple(Group(high - low, int(sizes[high - 1])) for low, high in spans)
+        cells = order[rank] * width + positions
+        begins = np.cumsum([0] + [wide for rows, wide in groups for _ in range(rows)])
+        places = begins[rank] + positions
         mask = torch.zeros(1, 1, 1, 1, device=lengths.device)
-        return cls(len(counts), width, cells, on_device(positions), on_device(starts), tuple(groups), mask)
+        cells, positions, starts, places = (on_device(table) for table in (cells, positions, starts, places))
+        return cls(len(counts), width, cells, positions, starts, places, groups, mask)
+
+    @property
+    def size(self) -> int:
+        """Cells of all groups, Σ n·W."""
+        return sum(rows * width for rows, width in self.groups)
+
+    def remembered(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What was made for this packing under this name; made now if it was not."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
+
+    def padded(self, tokens: Tensor) -> Tensor:
+        """Tokens `[N, …]` at their places among the cells of all groups, `[Σ n·W, …]`, and zeros between."""
+        return tokens.new_zeros(self.size, *tokens.shape[1:]).index_copy(0, self.places, tokens)
+
+    def split(self, cells: Tensor) -> list[Tensor]:
+        """Of the cells of all groups, each group's `[n, W, …]`, as views."""
+        parts = cells.split([rows * width for rows, width in self.groups])
+        return [part.view(*group, *part.shape[1:]) for group, part in zip(self.groups, parts, strict=True)]
+
+    def unpadded(self, cells: Tensor) -> Tensor:
+        """The tokens `[N, …]` of the cells of all groups."""
+        return cells.index_select(0, self.places)
 
 
 def _alike(sizes: np.ndarray, call: int) -> list[tuple[int, int]]:
@@ -137,8 +160,11 @@ def _packed(trunk: Any, tokens: Tensor, packing: Packing) -> Tensor:
 
 
 def _worth_it(trunk: Any, packing: Packing) -> float:
-    short = torch.is_grad_enabled() and products_win(next(trunk.parameters()), packing.width)
-    return _WORTH_IT_SHORT if short else _WORTH_IT
+    weight, config = next(trunk.parameters()), trunk.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not products_win(weight, packing.width, size, learning=torch.is_grad_enabled()):
+        return _WORTH_IT
+    return 1.0 if win_by_far(weight, size) else _WORTH_IT_SHORT
 
 
 def _can_pack(trunk: Any, width: int) -> bool:

@@ -1,68 +1,133 @@
 """Causal attention of short packed rows by plain products of matrices, with a backward of their own.
 
-For rows of some dozens of tokens the fused kernel of a CPU, and the graph around it, cost more than the products: in
-forward and backward together 16 rows of 9 to 56 tokens take three quarters of its time with 8 heads of 8, nine tenths
-with 12 heads of 64.
+For rows of some dozens of tokens the fused kernel of a CPU, and the graph around it, cost more than the products, and
+what surrounds the products more than they do: so tokens go to where products want them, and back, by one gather each
+for all groups of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _WIDTH = 64
 """Longest row, measured with heads of 8 to 64: beyond, the fused kernel's blocks win."""
+_FEW_COLUMNS = 12
+"""Columns of a product's right side up to which it is computed transposed, measured."""
 
 
 def is_short(query: Tensor, packing: Any) -> bool:
-    """Whether products win: in a forward to be followed by a backward, on a CPU, in full precision.
+    """Whether products win, on a CPU.
 
     Args:
         query: `[1, H, N, D]`.
         packing: The `textenv.packing.Packing` of the rows.
     """
-    return query.requires_grad and products_win(query, packing.width)
+    return products_win(query, packing.width, query.shape[-1], learning=query.requires_grad)
 
 
-def products_win(tensor: Tensor, width: int) -> bool:
-    """Whether they do in a forward to be followed by a backward, with tensors like this one and rows of `width`."""
-    return (
-        tensor.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-        and tensor.dtype in (torch.float32, torch.float64)
-        and width <= _WIDTH
-    )
+def products_win(tensor: Tensor, width: int, size: int, *, learning: bool) -> bool:
+    """Whether they do, with tensors like this one, rows of `width` and heads of `size`.
+
+    Args:
+        tensor: Tells device and precision.
+        width: Of the longest row.
+        size: D of a head.
+        learning: Whether a backward follows.
+    """
+    short = tensor.device.type == "cpu" and width <= _WIDTH
+    return short and (learning or win_by_far(tensor, size))
+
+
+def win_by_far(tensor: Tensor, size: int) -> bool:
+    """Whether, where they win, by so much that rows are worth packing without any padding to spare.
+
+    So it is with small heads, and in reduced precision, where the fused kernel's backward of such rows takes several
+    times as long as in float32.
+    """
+    return size <= _FEW_COLUMNS or torch.is_autocast_enabled("cpu") or tensor.dtype in (torch.bfloat16, torch.float16)
+
+
+class Layout(NamedTuple):
+    """Where the vectors of H heads of queries and K of keys and of values stand, with the model and with the products.
+
+    A model has them as `[H + 2·K, N]` and takes outputs as `[N, H]`. Products want them group after group, of each
+    `[n, H, W]` queries, `[n, K, W]` keys, `[n, K, W]` values, and give `[n, H, W]` group after group.
+    """
+
+    taken: Tensor
+    """Of each vector that products want, its place in the model; a place that exists where there is padding."""
+    taken_back: Tensor
+    """Of each vector in the model, its place with the products."""
+    given: Tensor
+    """Of each output that a model takes, its place with the products."""
+    given_back: Tensor
+    """Of each output of the products, its place in the model; one past the last where there is padding."""
+
+    @classmethod
+    def of(cls, packing: Any, heads: int, shared: int) -> Layout:
+        """Of the rows of a `Packing`, with H = `heads` and K = `shared`."""
+        firsts, cells = [], 0
+        for rows, width in packing.groups:
+            row, column = np.divmod(np.arange(rows * width), width)
+            query = row * (heads * width) + column
+            key = (rows * heads + row * shared) * width + column
+            vectors = cells * (heads + 2 * shared)  # of the groups before
+            of_head_0 = query + vectors, key + vectors, key + (vectors + rows * shared * width), query + cells * heads
+            firsts.append(np.stack([*of_head_0, np.full_like(row, width)]))
+            cells += rows * width
+        query, key, value, out, width = np.concatenate(firsts, axis=1)[:, packing.places.numpy()]
+        head = np.arange(heads)[:, None]
+        taken_back = np.concatenate([query + head * width, key + head[:shared] * width, value + head[:shared] * width])
+        given = (out + head * width).T
+        taken = _inverse(taken_back, cells * (heads + 2 * shared), nothing=0)
+        given_back = _inverse(given, cells * heads, nothing=given.size)
+        return cls(*(torch.from_numpy(table.ravel()) for table in (taken, taken_back, given, given_back)))
+
+
+def _inverse(places: np.ndarray, count: int, nothing: int) -> np.ndarray:
+    """Of each of `count` places, where it is among these, or `nothing`.
+
+    >>> _inverse(np.array([3, 0]), 4, nothing=-1).tolist()
+    [1, -1, -1, 0]
+    """
+    found = np.full(count, nothing)
+    found[places.ravel()] = np.arange(places.size)
+    return found
 
 
 class ShortAttention(torch.autograd.Function):
-    """P = softmax(scale · q·Kᵀ + causal), O = P·V within each row.
+    """P = softmax(scale · q·Kᵀ + causal), O = P·V within each row, in float32 at least.
 
     With dP = dO·Vᵀ and dS = P ∘ (dP − Σ P ∘ dP): dV = Pᵀ·dO, dK = scale · dSᵀ·q, dq = scale · dS·K.
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, groups: Any) -> Tensor:
-        """`[N, H, D]` of query `[N, H, D]` and key and value `[N, K, D]`; `groups` are a packing's."""
-        heads, shared, size = query.shape[1], key.shape[1], query.shape[2]
-        tokens = torch.cat([query * scale, key, value], dim=1)
-        found, kept = [], []
-        for group in groups:
-            q, k, v = _padded(tokens, group).split([heads, shared, shared], dim=1)
-            q = q.reshape(group.rows * shared, -1, size)  # the heads that share keys are queries of one product
-            k, v = (x.reshape(group.rows * shared, group.width, size) for x in (k, v))
-            hidden = _causal(q.dtype)[: group.width, : group.width].repeat(heads // shared, 1)
+    @torch.autocast("cpu", enabled=False)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Any) -> Tensor:
+        """`[N, H, D]` of query `[H, N, D]` and key and value `[K, N, D]`; of the rows of a `Packing`."""
+        (heads, tokens, size), shared = query.shape, len(key)
+        layout = packing.remembered((heads, shared), lambda: Layout.of(packing, heads, shared))
+        full = torch.promote_types(query.dtype, torch.float32)
+        together = torch.cat([query.to(full) * scale, key.to(full), value.to(full)])
+        vectors = together.view(-1, size).index_select(0, layout.taken)
+        found, kept = vectors.new_empty(len(layout.given_back), size), []
+        for (_, width), (q, k, v), out in _by_group(packing.groups, vectors, found, heads, shared):
+            hidden = _causal(width, heads // shared, q.dtype)
             weights = torch.baddbmm(hidden, q, k.transpose(1, 2)).softmax(-1)
-            out = torch.bmm(weights, v).view(group.rows, heads, group.width, size)
-            found.append(_unpadded(out, group))
-            kept += [q, k, v, weights]
-        ctx.save_for_backward(*kept)
-        ctx.rest = scale, groups, heads, shared
-        return torch.cat(found)
+            out.copy_(_product(weights, v))
+            kept.append(weights)
+        ctx.save_for_backward(vectors, *kept)
+        ctx.rest = scale, packing.groups, layout, heads, shared
+        return found.index_select(0, layout.given).view(tokens, heads, size).to(value.dtype)
 
     @staticmethod
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Of `[N, H, D]`.
 
@@ -72,34 +137,48 @@ class ShortAttention(torch.autograd.Function):
         """
         if torch.is_grad_enabled():
             raise RuntimeError("attention: expected no create_graph, as it has no second derivative; eager has one")
-        scale, groups, heads, shared = ctx.rest
-        found = []
-        for at, group in enumerate(groups):
-            q, k, v, weights = ctx.saved_tensors[4 * at : 4 * at + 4]
-            # Zeros where the padding is: no query of it adds to keys and values.
-            d_out = _padded(gradients[0], group).reshape_as(q)
-            d_value = torch.bmm(weights.transpose(1, 2), d_out)
+        scale, groups, layout, heads, shared = ctx.rest
+        vectors, *kept = ctx.saved_tensors
+        tokens, _, size = gradients[0].shape
+        # Zeros where the padding is: no query of it adds to keys and values.
+        padding = vectors.new_zeros(1, size)
+        outs = torch.cat([gradients[0].reshape(-1, size), padding]).index_select(0, layout.given_back)
+        found = torch.empty_like(vectors)
+        given = _by_group(groups, vectors, outs, heads, shared)
+        wanted = _by_group(groups, found, outs, heads, shared)
+        for weights, (_, (q, k, v), d_out), (_, (d_query, d_key, d_value), _) in zip(kept, given, wanted, strict=True):
+            d_value.copy_(_product(weights.transpose(1, 2), d_out))
             d_scores = torch.bmm(d_out, v.transpose(1, 2)).mul_(weights)
             d_scores.addcmul_(weights, d_scores.sum(-1, keepdim=True), value=-1)
-            d_query = torch.bmm(d_scores, k).mul_(scale)
-            d_key = torch.bmm(d_scores.transpose(1, 2), q)
-            parts = (x.view(group.rows, -1, group.width, q.shape[-1]) for x in (d_query, d_key, d_value))
-            found.append(_unpadded(torch.cat(list(parts), dim=1), group))
-        return *torch.cat(found).split([heads, shared, shared], dim=1), None, None
+            d_query.copy_(_product(d_scores, k))
+            d_key.copy_(_product(d_scores.transpose(1, 2), q))
+        found = found.index_select(0, layout.taken_back).view(-1, tokens, size)
+        query, key, value = found.split([heads, shared, shared])
+        return query.mul_(scale), key, value, None, None
 
 
-def _padded(tokens: Tensor, group: Any) -> Tensor:
-    """Of all tokens `[N, H, D]`, the group's as `[n, H, W, D]`."""
-    mine = tokens[group.first : group.last]
-    cells = mine.new_zeros(group.rows * group.width, *mine.shape[1:]).index_copy_(0, group.cells, mine)
-    return cells.view(group.rows, group.width, *mine.shape[1:]).transpose(1, 2)
+def _by_group(
+    groups: Sequence[Any], vectors: Tensor, outs: Tensor, heads: int, shared: int
+) -> Iterator[tuple[Any, list[Tensor], Tensor]]:
+    """Each group with its queries `[n·K, H/K·W, D]`, its keys and values `[n·K, W, D]`, and its outputs, as views.
+
+    Heads that share keys are queries of one product.
+    """
+    parts = vectors.split([n * count * width for n, width in groups for count in (heads, shared, shared)])
+    found = outs.split([n * heads * width for n, width in groups])
+    for at, group in enumerate(groups):
+        shape = group.rows * shared, -1, vectors.shape[-1]
+        yield group, [part.view(shape) for part in parts[3 * at : 3 * at + 3]], found[at].view(shape)
 
 
-def _unpadded(rows: Tensor, group: Any) -> Tensor:
-    """The tokens of `[n, H, W, D]`, one after the other."""
-    return rows.transpose(1, 2).flatten(0, 1).index_select(0, group.cells)
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """`[b, M, N]` of `[b, M, K]` and `[b, K, N]`: a few columns take up to four times as long as a few rows."""
+    if right.shape[-1] > _FEW_COLUMNS:
+        return torch.bmm(left, right)
+    return torch.bmm(right.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2)
 
 
 @cache
-def _causal(dtype: torch.dtype) -> Tensor:
-    return torch.full((_WIDTH, _WIDTH), -torch.inf, dtype=dtype).triu_(1)
+def _causal(width: int, times: int, dtype: torch.dtype) -> Tensor:
+    """`[times · W, W]`."""
+    return torch.full((width, width), -torch.inf, dtype=dtype).triu_(1).repeat(times, 1)

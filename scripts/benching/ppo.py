@@ -38,6 +38,7 @@ TRL, TRL_NO_GC, BF16 = "TRL", "TRL, no gc", "native, separate, bf16"
 COMPILED = "native, shared, compiled"
 SPARED = "native, separate, sampler's log-probs"
 CRITICS = ("separate", "shared")
+BF16_UNITS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16"}
 FLOOR_GOAL = 1.15
 FLOOR_BATCHES = 4
 # How long TRL's iteration takes hangs on the longest response of each batch.
@@ -101,17 +102,18 @@ def run(rounds: int, model: Path | None, tell: Callable[[str], None]) -> tuple[s
         random = random_task(Path(folder))
         parts = [
             (EQUAL_GOALS, measure_task(equal, rounds, tell, compiled=True)),
-            (EQUAL_GOALS, measure_task(random, rounds, tell, bf16=has_amx(), compiled=True)),
+            (EQUAL_GOALS, measure_task(random, rounds, tell, bf16=bool(bf16_units()), compiled=True)),
             (RAGGED_GOALS, measure_task(ragged, RAGGED_ROUNDS * rounds, tell)),
         ]
     text = _TEXT.format(steps=EPOCHS * MINIBATCHES, epochs=EPOCHS, minibatches=MINIBATCHES, prompt=equal.prompt_length)
-    return text + "\n".join(section(*part) for part in parts) + _absent(), [t for _, found in parts for t in found]
+    return text + "\n".join(section(*part) for part in parts) + _notes(), [t for _, found in parts for t in found]
 
 
-def has_amx() -> bool:
-    """Whether the CPU multiplies bfloat16 matrices in tiles of its own; as Linux tells it."""
+def bf16_units() -> str:
+    """What the CPU multiplies bfloat16 matrices with, as Linux tells it; empty if it has nothing for them."""
     told = Path("/proc/cpuinfo")
-    return told.is_file() and "amx_bf16" in told.read_text(encoding="utf8")
+    flags = told.read_text(encoding="utf8") if told.is_file() else ""
+    return next((name for flag, name in BF16_UNITS.items() if flag in flags), "")
 
 
 def measure_task(
@@ -174,10 +176,15 @@ def _verdicts(goals: Sequence[Goal], timings: Sequence[Timing]) -> list[str]:
     return lines
 
 
-def _absent() -> str:
-    """What could not be measured here."""
+def _notes() -> str:
+    """What could not be measured here, and with what the rest was."""
     lines = [] if ppo_trl.is_there() else ["TRL was not measured: `pip install 'textenv[bench]' -c constraints.txt`."]
-    lines += [] if has_amx() else ["This CPU has no AMX: autocast to bfloat16 was not measured."]
+    units = bf16_units()
+    lines.append(
+        f"bf16 is autocast to bfloat16, which this CPU multiplies with its {units} units."
+        if units
+        else "This CPU has no units for bfloat16: autocast to it was not measured."
+    )
     return "".join(f"\n{line}\n" for line in lines)
 
 

@@ -140,13 +140,18 @@ ENTRIES: dict[str, Entry] = {
     "sb3 ppo by episode": sb3("PPO", by_episode=True),
     "sb3 a2c": sb3("A2C"),
     "torchrl ppo": torchrl(),
+    "ppo, bf16": native("ppo", "autocast to bfloat16, as by default on a GPU", bf16=True),
 }
 """What each is called."""
+ASIDE = ("ppo, bf16",)
+"""Those that run only if they are asked for."""
 
-PPO_VARIANTS = tuple(name for name in ENTRIES if name.split()[-1] == "ppo" or name.endswith("ppo by episode"))
-"""The native PPO, first, and that of each other library."""
+PPO_VARIANTS = tuple(name for name in ENTRIES if "ppo" in name.replace(",", "").split())
+"""The native PPO, first, in float32 and in less, and that of each other library."""
 
 
 def seeds_of(name: str) -> range:
     """The seeds of an entry in a whole table: PPO, whose variants differ little, has more."""
+    if name in ASIDE:
+        return range(0)
     return range(16) if name in PPO_VARIANTS else range(5)
