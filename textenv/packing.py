@@ -18,9 +18,13 @@ _WORTH_IT, _WORTH_IT_SHORT = 0.9, 0.95
 """Share of tokens among the cells of the batch up to which padding is left out: laying out has a price too, which short
 rows win back by their attention."""
 
-_CALL_IN_CELLS = {"cpu": 2**11, "cuda": 2**22}
+_CALL_IN_CELLS = {"cpu": 2**10, "cuda": 2**22}
 """Cells of attention (queries × keys of a row) that cost as much as one more call of the kernel, about: measured on a
-CPU (of 512, 2048, 8192 and never), reckoned for a GPU (60 µs of launches, 4 kFLOP a cell)."""
+CPU (of 512 to 8192), reckoned for a GPU (60 µs of launches, 4 kFLOP a cell)."""
+
+_NARROWEST = {"cpu": 16}
+"""Width below which attention becomes slower again: a softmax over fewer numbers than a register holds takes ten times
+as long."""
 
 _packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -31,7 +35,7 @@ class Group(NamedTuple):
     rows: int
     """n."""
     width: int
-    """W."""
+    """W, of the longest, or a little more."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,9 @@ class Packing:
         def on_device(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(lengths.device)
 
-        spans = _alike(sizes, _CALL_IN_CELLS.get(lengths.device.type, 2**22))
-        groups = tuple(Group(high - low, int(sizes[high - 1])) for low, high in spans)
+        widths = np.maximum(sizes, _NARROWEST.get(lengths.device.type, 1))
+        spans = _alike(widths, _CALL_IN_CELLS.get(lengths.device.type, 2**22))
+        groups = tuple(Group(high - low, int(widths[high - 1])) for low, high in spans)
         cells = order[rank] * width + positions
         begins = np.cumsum([0] + [wide for rows, wide in groups for _ in range(rows)])
         places = begins[rank] + positions

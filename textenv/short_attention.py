@@ -7,7 +7,7 @@ for all groups of rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -116,13 +116,16 @@ class ShortAttention(torch.autograd.Function):
         full = torch.promote_types(query.dtype, torch.float32)
         together = torch.cat([query.to(full) * scale, key.to(full), value.to(full)])
         vectors = together.view(-1, size).index_select(0, layout.taken)
-        found, kept = vectors.new_empty(len(layout.given_back), size), []
-        for (_, width), (q, k, v), out in _by_group(packing.groups, vectors, found, heads, shared):
-            hidden = _causal(width, heads // shared, q.dtype)
+        found = vectors.new_empty(len(layout.given_back), size)
+        blocks = _blocks(vectors, packing.groups, (heads, shared, shared), shared)
+        kept = []
+        for at, out in enumerate(_blocks(found, packing.groups, (heads,), shared)):
+            q, k, v = blocks[3 * at : 3 * at + 3]
+            hidden = _causal(k.shape[1], heads // shared, k.dtype)
             weights = torch.baddbmm(hidden, q, k.transpose(1, 2)).softmax(-1)
             out.copy_(_product(weights, v))
-            kept.append(weights)
-        ctx.save_for_backward(vectors, *kept)
+            kept += [q, k, v, weights]
+        ctx.save_for_backward(*kept)
         ctx.rest = scale, packing.groups, layout, heads, shared
         return found.index_select(0, layout.given).view(tokens, heads, size).to(value.dtype)
 
@@ -138,15 +141,15 @@ class ShortAttention(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("attention: expected no create_graph, as it has no second derivative; eager has one")
         scale, groups, layout, heads, shared = ctx.rest
-        vectors, *kept = ctx.saved_tensors
-        tokens, _, size = gradients[0].shape
+        kept, (tokens, _, size) = ctx.saved_tensors, gradients[0].shape
         # Zeros where the padding is: no query of it adds to keys and values.
-        padding = vectors.new_zeros(1, size)
+        padding = kept[0].new_zeros(1, size)
         outs = torch.cat([gradients[0].reshape(-1, size), padding]).index_select(0, layout.given_back)
-        found = torch.empty_like(vectors)
-        given = _by_group(groups, vectors, outs, heads, shared)
-        wanted = _by_group(groups, found, outs, heads, shared)
-        for weights, (_, (q, k, v), d_out), (_, (d_query, d_key, d_value), _) in zip(kept, given, wanted, strict=True):
+        found = outs.new_empty(len(layout.taken), size)
+        wanted = _blocks(found, groups, (heads, shared, shared), shared)
+        for at, d_out in enumerate(_blocks(outs, groups, (heads,), shared)):
+            q, k, v, weights = kept[4 * at : 4 * at + 4]
+            d_query, d_key, d_value = wanted[3 * at : 3 * at + 3]
             d_value.copy_(_product(weights.transpose(1, 2), d_out))
             d_scores = torch.bmm(d_out, v.transpose(1, 2)).mul_(weights)
             d_scores.addcmul_(weights, d_scores.sum(-1, keepdim=True), value=-1)
@@ -157,18 +160,14 @@ class ShortAttention(torch.autograd.Function):
         return query.mul_(scale), key, value, None, None
 
 
-def _by_group(
-    groups: Sequence[Any], vectors: Tensor, outs: Tensor, heads: int, shared: int
-) -> Iterator[tuple[Any, list[Tensor], Tensor]]:
-    """Each group with its queries `[n·K, H/K·W, D]`, its keys and values `[n·K, W, D]`, and its outputs, as views.
+def _blocks(vectors: Tensor, groups: Sequence[Any], heads: Sequence[int], shared: int) -> list[Tensor]:
+    """Of each group, for each of these numbers of heads, its vectors `[n·K, heads/K·W, D]`, as views.
 
     Heads that share keys are queries of one product.
     """
-    parts = vectors.split([n * count * width for n, width in groups for count in (heads, shared, shared)])
-    found = outs.split([n * heads * width for n, width in groups])
-    for at, group in enumerate(groups):
-        shape = group.rows * shared, -1, vectors.shape[-1]
-        yield group, [part.view(shape) for part in parts[3 * at : 3 * at + 3]], found[at].view(shape)
+    parts = vectors.split_with_sizes([n * count * width for n, width in groups for count in heads])
+    batches = [n * shared for n, _ in groups for _ in heads]
+    return [part.view(batch, -1, vectors.shape[-1]) for part, batch in zip(parts, batches, strict=True)]
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
