@@ -13,8 +13,9 @@ from torch import Tensor
 
 from agents.algorithms.base import Algorithm, ClippedObjective, Targets, ValueLoss
 from agents.config import TrainConfig
-from agents.diagnostics import approx_kl, ratio_stats, value_clip_fraction
-from agents.losses import aggregate, clipped_value
+from agents.diagnostics import value_clip_fraction
+from agents.kl import k3
+from agents.losses import aggregate, clipped_value, importance_ratios
 from agents.masked import masked_sum, same_shape, whiten
 from agents.mismatch import correction_weights
 from agents.policy import Evaluation, ValueHeadLM
@@ -128,8 +129,9 @@ def optimizer_step(
     count = step.algorithm.aggregation.count(rollout.mask, step.max_new_tokens)
     found_sums: dict[str, Tensor] = {}
     optimizer.zero_grad(set_to_none=True)
-    for rows in torch.arange(len(rollout.ids), device=rollout.ids.device).split(config.forward_episodes):
-        part = rollout.select(rows)
+    every = torch.arange(len(rollout.ids), device=rollout.ids.device)
+    for rows in every.split(config.forward_episodes):
+        part = rollout if len(rows) == len(every) else rollout.select(rows)
         with autocast():
             loss, found = microbatch_loss(
                 policy, part, target.select(rows, part.mask.shape[1]), step, tokens=tokens, count=count
@@ -225,10 +227,13 @@ def _value_loss(
 def _ratio_sums(now: Evaluation, rollout: Rollout, target: Targets, algorithm: Algorithm) -> dict[str, Tensor]:
     """How far the policy has moved, summed over tokens."""
     new, old, mask = now.logprobs, rollout.old_logprobs, rollout.mask
-    means = {"ratio/mean": ratio_stats(new, old, mask).mean, "kl/update": approx_kl(new, old, mask)}
+    sums = {
+        "ratio/mean": masked_sum(importance_ratios(new, old, mask=mask), mask),
+        "kl/update": masked_sum(k3(old, new, mask=mask), mask),
+    }
     if isinstance(algorithm.objective, ClippedObjective):
-        means["clip/policy"] = algorithm.objective.clip_fraction(new, rollout, target.advantages)
-    return {name: mean * mask.sum() for name, mean in means.items()}
+        sums["clip/policy"] = algorithm.objective.clip_fraction(new, rollout, target.advantages) * mask.sum()
+    return sums
 
 
 def _clip(parameters: Sequence[torch.nn.Parameter], max_norm: float | None, device: torch.device) -> Tensor:

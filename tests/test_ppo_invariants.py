@@ -33,13 +33,13 @@ from tests.conftest import MAKERS, make_gpt2, make_llama
 def log_ratios(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The largest |log ratio| of every microbatch, in order."""
     seen: list[float] = []
-    real = update.ratio_stats
+    real = update.importance_ratios
 
-    def spy(logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor) -> Any:
+    def spy(logprobs: torch.Tensor, old_logprobs: torch.Tensor, *, mask: torch.Tensor) -> Any:
         seen.append(float((logprobs - old_logprobs)[mask].abs().max()))
-        return real(logprobs, old_logprobs, mask)
+        return real(logprobs, old_logprobs, mask=mask)
 
-    monkeypatch.setattr(update, "ratio_stats", spy)
+    monkeypatch.setattr(update, "importance_ratios", spy)
     return seen
 
 

@@ -162,7 +162,8 @@ def attend_packed(
         raise NotImplementedError("attention: expected plain causal attention, got one with biases, sinks or two sizes")
     if not dropout and is_short(query, packing):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return ShortAttention.apply(query[0], key[0], value[0], scale, packing)[None], None
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        return ShortAttention.apply(*rows, scale, packing)[None], None
     heads, shared = [query.shape[1], key.shape[1], value.shape[1]], query.shape[1] != key.shape[1]
     # Queries, keys and values together, and all groups by one split: every operation has its price, twice in backward.
     tokens = torch.cat([tensor[0].transpose(0, 1) for tensor in (query, key, value)], dim=1)

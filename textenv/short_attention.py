@@ -7,8 +7,9 @@ for all groups of rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import cache, wraps
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +57,7 @@ def win_by_far(tensor: Tensor, size: int) -> bool:
 class Layout(NamedTuple):
     """Where the vectors of H heads of queries and K of keys and of values stand, with the model and with the products.
 
-    A model has them as `[H + 2·K, N]` and takes outputs as `[N, H]`. Products want them group after group, of each
+    A model has them as `[N, H + 2·K]` and takes outputs as `[N, H]`. Products want them group after group, of each
     `[n, H, W]` queries, `[n, K, W]` keys, `[n, K, W]` values, and give `[n, H, W]` group after group.
     """
 
@@ -83,7 +84,9 @@ class Layout(NamedTuple):
             cells += rows * width
         query, key, value, out, width = np.concatenate(firsts, axis=1)[:, packing.places.numpy()]
         head = np.arange(heads)[:, None]
-        taken_back = np.concatenate([query + head * width, key + head[:shared] * width, value + head[:shared] * width])
+        taken_back = np.concatenate(
+            [query + head * width, key + head[:shared] * width, value + head[:shared] * width]
+        ).T
         given = (out + head * width).T
         taken = _inverse(taken_back, cells * (heads + 2 * shared), nothing=0)
         given_back = _inverse(given, cells * heads, nothing=given.size)
@@ -101,6 +104,18 @@ def _inverse(places: np.ndarray, count: int, nothing: int) -> np.ndarray:
     return found
 
 
+def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Entering a context costs as much as a product: only where there is something to switch off."""
+
+    @wraps(method)
+    def run(*arguments: Any) -> Any:
+        off = torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext()
+        with off:
+            return method(*arguments)
+
+    return run
+
+
 class ShortAttention(torch.autograd.Function):
     """P = softmax(scale · q·Kᵀ + causal), O = P·V within each row, in float32 at least.
 
@@ -108,13 +123,13 @@ class ShortAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @_without_autocast
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Any) -> Tensor:
-        """`[N, H, D]` of query `[H, N, D]` and key and value `[K, N, D]`; of the rows of a `Packing`."""
-        (heads, tokens, size), shared = query.shape, len(key)
+        """`[N, H, D]` of query `[N, H, D]` and key and value `[N, K, D]`; of the rows of a `Packing`."""
+        (tokens, heads, size), shared = query.shape, key.shape[1]
         layout = packing.remembered((heads, shared), lambda: Layout.of(packing, heads, shared))
         full = torch.promote_types(query.dtype, torch.float32)
-        together = torch.cat([query.to(full) * scale, key.to(full), value.to(full)])
+        together = torch.cat([query.to(full) * scale, key.to(full), value.to(full)], dim=1)
         vectors = together.view(-1, size).index_select(0, layout.taken)
         found = vectors.new_empty(len(layout.given_back), size)
         blocks = _blocks(vectors, packing.groups, (heads, shared, shared), shared)
@@ -123,14 +138,14 @@ class ShortAttention(torch.autograd.Function):
             q, k, v = blocks[3 * at : 3 * at + 3]
             hidden = _causal(k.shape[1], heads // shared, k.dtype)
             weights = torch.baddbmm(hidden, q, k.transpose(1, 2)).softmax(-1)
-            out.copy_(_product(weights, v))
+            _product(weights, v, out)
             kept += [q, k, v, weights]
         ctx.save_for_backward(*kept)
         ctx.rest = scale, packing.groups, layout, heads, shared
         return found.index_select(0, layout.given).view(tokens, heads, size).to(value.dtype)
 
     @staticmethod
-    @torch.autocast("cpu", enabled=False)
+    @_without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Of `[N, H, D]`.
 
@@ -150,13 +165,13 @@ class ShortAttention(torch.autograd.Function):
         for at, d_out in enumerate(_blocks(outs, groups, (heads,), shared)):
             q, k, v, weights = kept[4 * at : 4 * at + 4]
             d_query, d_key, d_value = wanted[3 * at : 3 * at + 3]
-            d_value.copy_(_product(weights.transpose(1, 2), d_out))
-            d_scores = torch.bmm(d_out, v.transpose(1, 2)).mul_(weights)
-            d_scores.addcmul_(weights, d_scores.sum(-1, keepdim=True), value=-1)
-            d_query.copy_(_product(d_scores, k))
-            d_key.copy_(_product(d_scores.transpose(1, 2), q))
-        found = found.index_select(0, layout.taken_back).view(-1, tokens, size)
-        query, key, value = found.split([heads, shared, shared])
+            _product(weights.transpose(1, 2), d_out, d_value)
+            d_weights = torch.bmm(d_out, v.transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            _product(d_scores, k, d_query)
+            _product(d_scores.transpose(1, 2), q, d_key)
+        found = found.index_select(0, layout.taken_back).view(tokens, -1, size)
+        query, key, value = found.split([heads, shared, shared], dim=1)
         return query.mul_(scale), key, value, None, None
 
 
@@ -170,11 +185,12 @@ def _blocks(vectors: Tensor, groups: Sequence[Any], heads: Sequence[int], shared
     return [part.view(batch, -1, vectors.shape[-1]) for part, batch in zip(parts, batches, strict=True)]
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """`[b, M, N]` of `[b, M, K]` and `[b, K, N]`: a few columns take up to four times as long as a few rows."""
     if right.shape[-1] > _FEW_COLUMNS:
-        return torch.bmm(left, right)
-    return torch.bmm(right.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2)
+        torch.bmm(left, right, out=out)
+    else:
+        out.copy_(torch.bmm(right.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2))
 
 
 @cache

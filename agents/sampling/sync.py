@@ -73,19 +73,26 @@ def live_fingerprint(model: Any, version: int) -> Fingerprint:
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]], version: int) -> Fingerprint:
     """Of named weights, under a version."""
-    return Fingerprint(version, {name: checksum(tensor) for name, tensor in weights})
+    sums = {name: bit_sum(tensor) for name, tensor in weights}
+    read = torch.stack(list(sums.values())).tolist() if sums else []  # together: each reading waits for the device
+    return Fingerprint(version, {name: total % _MODULUS for name, total in zip(sums, read, strict=True)})
 
 
-@torch.no_grad()
 def checksum(tensor: Tensor) -> int:
     """A number below 2⁶⁴ of a tensor's bits and their order; of another dtype or shape it may be another.
 
-    Σ_i w_i·b_i modulo 2⁶⁴ over the elements' bits b with fixed odd w: computed where the tensor is, one number read.
+    Σ_i w_i·b_i modulo 2⁶⁴ over the elements' bits b with fixed odd w.
 
     >>> first, second = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
     >>> checksum(first) == checksum(first.clone()), checksum(first) == checksum(second)
     (True, False)
     """
+    return int(bit_sum(tensor)) % _MODULUS
+
+
+@torch.no_grad()
+def bit_sum(tensor: Tensor) -> Tensor:
+    """The checksum as a signed number, `[]` int64 where the tensor is."""
     bits = tensor.detach().contiguous().flatten()
     kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = bits.view(kinds[bits.element_size()])
@@ -95,7 +102,7 @@ def checksum(tensor: Tensor) -> int:
         rows = torch.nn.functional.pad(slab.to(torch.int64), (0, -len(slab) % _ROW)).view(-1, _ROW)
         sums = (rows * inner).sum(1)
         total = total * 0x5DEECE66D + (sums * outer[: len(sums)]).sum() + number + len(slab)
-    return int(total) % _MODULUS
+    return total
 
 
 COMPARE_EVERY = 16

@@ -92,7 +92,11 @@ EQUAL_GOALS = (
     Goal("native, shared", "floor, shared", FLOOR_GOAL),
     Goal(BF16, TRL_NO_GC, 0.5),
 )
-RAGGED_GOALS = (Goal("native, separate", TRL_NO_GC, 0.5), Goal("native, shared", TRL_NO_GC, 0.33))
+RAGGED_GOALS = (
+    Goal("native, separate", TRL_NO_GC, 0.5),
+    Goal(SPARED, TRL_NO_GC, 0.5),
+    Goal("native, shared", TRL_NO_GC, 0.33),
+)
 
 
 def run(rounds: int, model: Path | None, tell: Callable[[str], None]) -> tuple[str, list[Timing]]:
