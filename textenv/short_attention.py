@@ -167,7 +167,7 @@ class ShortAttention(torch.autograd.Function):
             d_query, d_key, d_value = wanted[3 * at : 3 * at + 3]
             _product(weights.transpose(1, 2), d_out, d_value)
             d_weights = torch.bmm(d_out, v.transpose(1, 2))
-            d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
             _product(d_scores, k, d_query)
             _product(d_scores.transpose(1, 2), q, d_key)
         found = found.index_select(0, layout.taken_back).view(tokens, -1, size)
