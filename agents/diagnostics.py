@@ -6,59 +6,12 @@ included, changes none of them.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from agents.kl import k3
 from agents.losses import clipped_surrogate, clipped_value, importance_ratios, sequence_surrogate
 from agents.masked import clean, is_constant, masked_mean, masked_var, same_shape
-
-
-class RatioStats(NamedTuple):
-    """Statistics of ρ = π/π_old over the mask, scalars; all 1 if nothing counts."""
-
-    mean: Tensor
-    """Mean; 1 in expectation over π_old."""
-    min: Tensor
-    """Smallest."""
-    max: Tensor
-    """Largest."""
-    effective_frac: Tensor
-    """Effective sample size over size, (Σρ)² / (n Σρ²), in [0, 1]."""
-
-
-@torch.no_grad()
-def ratio_stats(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> RatioStats:
-    """Mean, extremes and effective sample size of the ratios; all are 1 before the first optimizer step.
-
-    Args:
-        logprobs: log π(a), `[B, T]`.
-        old_logprobs: log π_old(a), `[B, T]`.
-        mask: bool `[B, T]`.
-
-    Returns:
-        Four scalars.
-
-    Raises:
-        ValueError: if shapes differ.
-
-    >>> counts = torch.tensor([[True, True, False]])
-    >>> ratio_stats(torch.tensor([[0.0, -1.0, 7.0]]), torch.tensor([[-1.0, -1.0, 0.0]]), counts).max
-    tensor(2.7183)
-    """
-    ratios = importance_ratios(logprobs, old_logprobs, mask=mask)
-    if not mask.any():
-        one = ratios.new_ones(())
-        return RatioStats(one, one, one, one)
-    mean = masked_mean(ratios, mask)
-    return RatioStats(
-        mean=mean,
-        min=ratios.masked_fill(~mask, torch.inf).min(),
-        max=ratios.masked_fill(~mask, -torch.inf).max(),
-        effective_frac=mean**2 / masked_mean(ratios**2, mask),
-    )
 
 
 @torch.no_grad()

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from agents.algorithms.base import Algorithm, ClippedObjective, Targets, ValueLoss
 from agents.config import TrainConfig
-from agents.diagnostics import value_clip_fraction
-from agents.kl import k3
+from agents.diagnostics import approx_kl, value_clip_fraction
 from agents.losses import aggregate, clipped_value, importance_ratios
 from agents.masked import masked_sum, same_shape, whiten
 from agents.mismatch import correction_weights
@@ -229,7 +228,7 @@ def _ratio_sums(now: Evaluation, rollout: Rollout, target: Targets, algorithm: A
     new, old, mask = now.logprobs, rollout.old_logprobs, rollout.mask
     sums = {
         "ratio/mean": masked_sum(importance_ratios(new, old, mask=mask), mask),
-        "kl/update": masked_sum(k3(old, new, mask=mask), mask),
+        "kl/update": approx_kl(new, old, mask) * mask.sum(),
     }
     if isinstance(algorithm.objective, ClippedObjective):
         sums["clip/policy"] = algorithm.objective.clip_fraction(new, rollout, target.advantages) * mask.sum()

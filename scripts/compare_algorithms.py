@@ -30,7 +30,7 @@ import torch
 import tyro
 from rich.console import Console
 
-from scripts.comparison.entries import ENTRIES, seeds_of
+from scripts.comparison.entries import ASIDE, ENTRIES, seeds_of
 from scripts.comparison.report import write_curves, write_table
 from scripts.valence import KL_COEF, is_there
 
@@ -39,8 +39,8 @@ from scripts.valence import KL_COEF, is_there
 class Flags:
     """Compare algorithms."""
 
-    only: tuple[str, ...] = tuple(ENTRIES)
-    """Which of them."""
+    only: tuple[str, ...] = tuple(name for name in ENTRIES if name not in ASIDE)
+    """Which of them; "ppo, bf16" too if it is named."""
     seeds: tuple[int, ...] | None = None
     """Which seeds; if absent, 16 of PPO in each library and 5 of all others."""
     jobs: int = 1

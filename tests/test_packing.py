@@ -112,11 +112,34 @@ def test_short_rows_that_learn_take_their_own_attention_and_no_others(monkeypatc
     assert calls([20, 20, 20]) == 0
     with torch.autocast("cpu", torch.bfloat16):
         assert calls([20, 20, 20]) == layers  # reduced precision is worth it without padding
+        assert calls([9, 9, 9]) == 0  # but for rows that would be widened to a register
     model = make_llama(head_dim=8)
     calls([3, 20, 5])  # the model is looked at once
-    assert calls([20, 20, 20]) == layers  # and so are small heads
     with torch.no_grad():
-        assert calls([20, 20, 20]) == layers
+        assert calls([3, 20, 5]) == layers  # small heads pay without a backward, too
+
+
+def test_a_row_that_is_not_finite_stays_alone() -> None:
+    model = make_llama()
+    lengths = [3, 20, 9, 18]
+    ids, pack = rows_of(lengths).clamp(max=V - 2), Packing.of(torch.tensor(lengths))
+    ids[0, 1] = V - 1
+    model.get_input_embeddings().weight.data[V - 1] = torch.nan
+    for learning in (True, False):
+        with torch.set_grad_enabled(learning):
+            hidden = packed_hidden(model.base_model, ids, pack)
+        rows = in_rows(hidden, pack, lengths).isfinite().all(-1).split(lengths)
+        assert [bool(row.all()) for row in rows] == [False, True, True, True]
+
+
+def test_a_model_without_heads_is_padded() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1)).double()
+    lengths = [3, 5]
+    ids, pack = rows_of(lengths), Packing.of(torch.tensor(lengths))
+    found = in_rows(packed_hidden(model.base_model, ids, pack), pack, lengths)
+    torch.testing.assert_close(found, alone(model, ids, lengths), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -129,7 +152,7 @@ def test_reduced_precision_is_that_of_the_tensors_and_not_of_the_attention(autoc
     def of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> list[torch.Tensor]:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found, _ = attend_packed(None, q, k, v, pack.mask, packing=pack)
-        return [found, *torch.autograd.grad((found * weights).sum(), (query, key, value))]
+            return [found, *torch.autograd.grad((found * weights).sum(), (query, key, value))]
 
     pack = Packing.of(lengths)
     found, exact = of(query, key, value), of(query.double(), key.double(), value.double())
@@ -166,7 +189,8 @@ def test_padding_costs_nothing() -> None:
 
 def test_attention_of_similar_rows_goes_together() -> None:
     assert Packing.of(torch.tensor([100, 20, 22, 100, 21, 98])).groups == ((3, 22), (3, 100))
-    assert Packing.of(torch.tensor([100, 2, 100, 1, 98])).groups == ((2, 16), (3, 100))  # not so narrow as to be slow
+    assert Packing.of(torch.tensor([100, 2, 100, 1, 98])).groups == ((2, 2), (3, 100))
+    assert Packing.of(torch.tensor([100, 8, 100, 1, 98])).groups == ((2, 16), (3, 100))  # at least a register
 
 
 def test_a_window_is_not_forgotten() -> None:

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from textenv.attention import can_attend, plain_attention
-from textenv.short_attention import products_win, win_by_far
+from textenv.short_attention import is_reduced, products_win
 
 _WORTH_IT, _WORTH_IT_SHORT = 0.9, 0.95
 """Share of tokens among the cells of the batch up to which padding is left out: laying out has a price too, which short
-rows win back by their attention."""
+rows that learn win back by their attention."""
 
 _CALL_IN_CELLS = {"cpu": 2**10, "cuda": 2**22}
 """Cells of attention (queries × keys of a row) that cost as much as one more call of the kernel, about: measured on a
 CPU (of 512 to 8192), reckoned for a GPU (60 µs of launches, 4 kFLOP a cell)."""
 
-_NARROWEST = {"cpu": 16}
-"""Width below which attention becomes slower again: a softmax over fewer numbers than a register holds takes ten times
-as long."""
+_REGISTER = {"cpu": 16}
+"""Width to which rows of half of it and more are padded at least: a softmax over fewer numbers than a register holds
+takes ten times as long a number."""
 
 _packs: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
@@ -35,7 +35,7 @@ class Group(NamedTuple):
     rows: int
     """n."""
     width: int
-    """W, of the longest, or a little more."""
+    """W, of the longest, or that of a register."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Packing:
     """What attention computes together."""
     mask: Tensor
     """`[1, 1, 1, 1]`: what a model hands on unread, as a mask that somebody has prepared."""
-    made: dict[Any, Any] = field(default_factory=dict)
+    made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What layers made for it, to be made once."""
 
     @classmethod
@@ -80,7 +80,8 @@ class Packing:
         def on_device(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(lengths.device)
 
-        widths = np.maximum(sizes, _NARROWEST.get(lengths.device.type, 1))
+        register = _REGISTER.get(lengths.device.type, 1)
+        widths = np.where(2 * sizes < register, sizes, np.maximum(sizes, register))
         spans = _alike(widths, _CALL_IN_CELLS.get(lengths.device.type, 2**22))
         groups = tuple(Group(high - low, int(widths[high - 1])) for low, high in spans)
         cells = order[rank] * width + positions
@@ -103,7 +104,7 @@ class Packing:
 
     def padded(self, tokens: Tensor) -> Tensor:
         """Tokens `[N, …]` at their places among the cells of all groups, `[Σ n·W, …]`, and zeros between."""
-        return tokens.new_zeros(self.size, *tokens.shape[1:]).index_copy(0, self.places, tokens)
+        return tokens.new_zeros(self.size, *tokens.shape[1:]).index_copy_(0, self.places, tokens)
 
     def split(self, cells: Tensor) -> list[Tensor]:
         """Of the cells of all groups, each group's `[n, W, …]`, as views."""
@@ -165,11 +166,11 @@ def _packed(trunk: Any, tokens: Tensor, packing: Packing) -> Tensor:
 
 
 def _worth_it(trunk: Any, packing: Packing) -> float:
-    weight, config = next(trunk.parameters()), trunk.config.get_text_config()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if not products_win(weight, packing.width, size, learning=torch.is_grad_enabled()):
+    weight = next(trunk.parameters())
+    if not torch.is_grad_enabled() or not products_win(weight, packing.width):
         return _WORTH_IT
-    return 1.0 if win_by_far(weight, size) else _WORTH_IT_SHORT
+    widened = packing.size > 1.2 * packing.rows * packing.width
+    return 1.0 if is_reduced(weight) and not widened else _WORTH_IT_SHORT
 
 
 def _can_pack(trunk: Any, width: int) -> bool:

@@ -23,35 +23,24 @@ _FEW_COLUMNS = 12
 
 
 def is_short(query: Tensor, packing: Any) -> bool:
-    """Whether products win, on a CPU.
+    """Whether products win: where a backward follows, and without one for small heads or in reduced precision.
 
     Args:
         query: `[1, H, N, D]`.
         packing: The `textenv.packing.Packing` of the rows.
     """
-    return products_win(query, packing.width, query.shape[-1], learning=query.requires_grad)
+    pays = query.requires_grad or query.shape[-1] <= _FEW_COLUMNS or is_reduced(query)
+    return pays and products_win(query, packing.width)
 
 
-def products_win(tensor: Tensor, width: int, size: int, *, learning: bool) -> bool:
-    """Whether they do, with tensors like this one, rows of `width` and heads of `size`.
-
-    Args:
-        tensor: Tells device and precision.
-        width: Of the longest row.
-        size: D of a head.
-        learning: Whether a backward follows.
-    """
-    short = tensor.device.type == "cpu" and width <= _WIDTH
-    return short and (learning or win_by_far(tensor, size))
+def products_win(tensor: Tensor, width: int) -> bool:
+    """Whether they may, with tensors like this one and rows of `width`."""
+    return tensor.device.type == "cpu" and width <= _WIDTH
 
 
-def win_by_far(tensor: Tensor, size: int) -> bool:
-    """Whether, where they win, by so much that rows are worth packing without any padding to spare.
-
-    So it is with small heads, and in reduced precision, where the fused kernel's backward of such rows takes several
-    times as long as in float32.
-    """
-    return size <= _FEW_COLUMNS or torch.is_autocast_enabled("cpu") or tensor.dtype in (torch.bfloat16, torch.float16)
+def is_reduced(tensor: Tensor) -> bool:
+    """Whether a CPU computes with it in 16 bits, where the fused kernel's backward of short rows is slow."""
+    return torch.is_autocast_enabled("cpu") or tensor.dtype in (torch.bfloat16, torch.float16)
 
 
 class Layout(NamedTuple):
@@ -62,7 +51,8 @@ class Layout(NamedTuple):
     """
 
     taken: Tensor
-    """Of each vector that products want, its place in the model; a place that exists where there is padding."""
+    """Of each vector that products want, its place in the model; where there is padding, that of the one before, so
+    that no row holds anything of another."""
     taken_back: Tensor
     """Of each vector in the model, its place with the products."""
     given: Tensor
@@ -88,7 +78,8 @@ class Layout(NamedTuple):
             [query + head * width, key + head[:shared] * width, value + head[:shared] * width]
         ).T
         given = (out + head * width).T
-        taken = _inverse(taken_back, cells * (heads + 2 * shared), nothing=0)
+        taken = _inverse(taken_back, cells * (heads + 2 * shared), nothing=-1)
+        taken = taken[np.maximum.accumulate(np.where(taken < 0, 0, np.arange(len(taken))))]
         given_back = _inverse(given, cells * heads, nothing=given.size)
         return cls(*(torch.from_numpy(table.ravel()) for table in (taken, taken_back, given, given_back)))
 

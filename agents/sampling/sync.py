@@ -74,7 +74,9 @@ def live_fingerprint(model: Any, version: int) -> Fingerprint:
 def fingerprint(weights: Iterable[tuple[str, Tensor]], version: int) -> Fingerprint:
     """Of named weights, under a version."""
     sums = {name: bit_sum(tensor) for name, tensor in weights}
-    read = torch.stack(list(sums.values())).tolist() if sums else []  # together: each reading waits for the device
+    totals = list(sums.values())
+    # Together: each reading waits for the device.
+    read = torch.stack([total.to(totals[0].device) for total in totals]).tolist() if totals else []
     return Fingerprint(version, {name: total % _MODULUS for name, total in zip(sums, read, strict=True)})
 
 

@@ -144,7 +144,7 @@ ENTRIES: dict[str, Entry] = {
 }
 """What each is called."""
 ASIDE = ("ppo, bf16",)
-"""Those that run only if they are asked for."""
+"""Those that are no part of a whole table, and run if they are named."""
 
 PPO_VARIANTS = tuple(name for name in ENTRIES if "ppo" in name.replace(",", "").split())
 """The native PPO, first, in float32 and in less, and that of each other library."""
@@ -152,6 +152,4 @@ PPO_VARIANTS = tuple(name for name in ENTRIES if "ppo" in name.replace(",", "").
 
 def seeds_of(name: str) -> range:
     """The seeds of an entry in a whole table: PPO, whose variants differ little, has more."""
-    if name in ASIDE:
-        return range(0)
     return range(16) if name in PPO_VARIANTS else range(5)
