@@ -17,8 +17,13 @@ CAP = 50.0  # above every ratio here: `gradient` asserts it
 
 
 def noisy(size: float) -> Callable[[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(7)
-    return lambda logits: logits + size * torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
+    """The same noise at each call: whether token weights are nearer than none is a matter of chance."""
+
+    def changed(logits: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(7)
+        return logits + size * torch.randn(logits.shape, generator=generator, dtype=logits.dtype)
+
+    return changed
 
 
 def rounded(logits: Tensor) -> Tensor:

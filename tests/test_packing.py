@@ -64,10 +64,13 @@ def in_rows(hidden: torch.Tensor, pack: Packing, lengths: list[int]) -> torch.Te
     spare=st.sampled_from([1, 200, 10**9]),
     short=st.sampled_from([0, 64]),
     few=st.sampled_from([0, 12]),
+    span=st.sampled_from([1, 2**30]),
 )
-@example(lengths=[2, 70], spare=1, short=64, few=12)
+@example(lengths=[2, 70], spare=1, short=64, few=12, span=2**30)
+@example(lengths=[2, 47, 60, 60], spare=10**9, short=64, few=12, span=1)
+@example(lengths=[2, 47, 60, 60], spare=10**9, short=64, few=0, span=1)
 def test_any_rows_are_each_row_alone_with_gradients(
-    name: str, lengths: list[int], spare: int, short: int, few: int
+    name: str, lengths: list[int], spare: int, short: int, few: int, span: int
 ) -> None:
     model, ids = MODELS[name], rows_of(lengths)
     pack = Packing.of(torch.tensor(lengths))
@@ -76,7 +79,9 @@ def test_any_rows_are_each_row_alone_with_gradients(
         patch.setattr(packing, "_WORTH_IT", 1.0)
         patch.setattr(packing, "_WORTH_IT_SHORT", 1.0)
         patch.setattr(short_attention, "_WIDTH", short)
+        patch.setattr(short_attention, "_WIDTH_OF_SMALL", short)
         patch.setattr(short_attention, "_FEW_COLUMNS", few)
+        patch.setattr(short_attention, "_SPAN_IN_WEIGHTS", span)
         pack = Packing.of(torch.tensor(lengths))
         found = in_rows(packed_hidden(model.base_model, ids, pack), pack, lengths)
         expected = alone(model, ids, lengths)
@@ -116,12 +121,20 @@ def test_short_rows_that_learn_take_their_own_attention_and_no_others(monkeypatc
     model = make_llama(head_dim=8)
     calls([3, 20, 5])  # the model is looked at once
     with torch.no_grad():
-        assert calls([3, 20, 5]) == layers  # small heads pay without a backward, too
+        assert calls([3, 20, 5]) == calls([20, 20, 20]) == layers  # small heads pay without a backward, too
+        assert calls([3, short_attention._WIDTH + 1, 5]) == 0
+    assert calls([20, 20, 20]) == layers  # and without padding
+    assert calls([9, 9, 9]) == 0
+    assert calls([3, short_attention._WIDTH + 1, 5]) == layers  # and longer
+    assert calls([3, short_attention._WIDTH_OF_SMALL + 1, 5]) == 0
 
 
-def test_a_row_that_is_not_finite_stays_alone() -> None:
+@pytest.mark.parametrize("lengths", [[3, 20, 9, 18], [3, 20, 9, 47, 48]])
+@pytest.mark.parametrize("span", [1, 2**30])
+def test_a_row_that_is_not_finite_stays_alone(monkeypatch: pytest.MonkeyPatch, lengths: list[int], span: int) -> None:
+    monkeypatch.setattr(short_attention, "_SPAN_IN_WEIGHTS", span)
+    monkeypatch.setitem(packing._CALL_IN_CELLS, "cpu", 10**9)
     model = make_llama()
-    lengths = [3, 20, 9, 18]
     ids, pack = rows_of(lengths).clamp(max=V - 2), Packing.of(torch.tensor(lengths))
     ids[0, 1] = V - 1
     model.get_input_embeddings().weight.data[V - 1] = torch.nan
@@ -129,7 +142,26 @@ def test_a_row_that_is_not_finite_stays_alone() -> None:
         with torch.set_grad_enabled(learning):
             hidden = packed_hidden(model.base_model, ids, pack)
         rows = in_rows(hidden, pack, lengths).isfinite().all(-1).split(lengths)
-        assert [bool(row.all()) for row in rows] == [False, True, True, True]
+        assert [bool(row.all()) for row in rows] == [row > 0 for row in range(len(lengths))]
+
+
+@pytest.mark.parametrize("span", [1, 2**30])
+@pytest.mark.parametrize("wrong", range(5))
+def test_nor_does_its_gradient_leave_it(monkeypatch: pytest.MonkeyPatch, wrong: int, span: int) -> None:
+    monkeypatch.setattr(short_attention, "_SPAN_IN_WEIGHTS", span)
+    monkeypatch.setitem(packing._CALL_IN_CELLS, "cpu", 10**9)
+    lengths = torch.tensor([3, 20, 9, 47, 48])
+    pack = Packing.of(lengths)
+    start, after = int(pack.starts[wrong]), int(pack.starts[wrong] + lengths[wrong])
+    tensors = [torch.randn(1, n, int(lengths.sum()), 8) for n in (4, 2, 2)]
+    for tensor in tensors:
+        tensor[:, :, start:after] = torch.nan
+        tensor.requires_grad_()
+    query, key, value = tensors
+    found, _ = attend_packed(None, query, key, value, pack.mask, packing=pack)
+    mine = torch.zeros(int(lengths.sum()), dtype=torch.bool).index_fill_(0, torch.arange(start, after), True)
+    for gradient in torch.autograd.grad(found[:, ~mine].sum(), tensors):
+        assert gradient[:, :, ~mine].isfinite().all()
 
 
 def test_a_model_without_heads_is_padded() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from textenv.attention import can_attend, plain_attention
-from textenv.short_attention import is_reduced, products_win
+from textenv.short_attention import is_reduced, is_small, products_win
 
 _WORTH_IT, _WORTH_IT_SHORT = 0.9, 0.95
 """Share of tokens among the cells of the batch up to which padding is left out: laying out has a price too, which short
@@ -166,11 +166,18 @@ def _packed(trunk: Any, tokens: Tensor, packing: Packing) -> Tensor:
 
 
 def _worth_it(trunk: Any, packing: Packing) -> float:
-    weight = next(trunk.parameters())
-    if not torch.is_grad_enabled() or not products_win(weight, packing.width):
+    weight, size = next(trunk.parameters()), _head_size(trunk.config.get_text_config())
+    learns = torch.is_grad_enabled()
+    if not products_win(weight, size, packing.width, learns=learns):
         return _WORTH_IT
     widened = packing.size > 1.2 * packing.rows * packing.width
-    return 1.0 if is_reduced(weight) and not widened else _WORTH_IT_SHORT
+    slow = is_small(size) or (learns and is_reduced(weight))  # the fused kernel, with or without padding
+    return 1.0 if slow and not widened else _WORTH_IT_SHORT
+
+
+def _head_size(config: Any) -> int:
+    heads = getattr(config, "num_attention_heads", None) or 1  # a model without attention has none
+    return getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def _can_pack(trunk: Any, width: int) -> bool:

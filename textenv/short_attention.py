@@ -2,7 +2,7 @@
 
 For rows of some dozens of tokens the fused kernel of a CPU, and the graph around it, cost more than the products, and
 what surrounds the products more than they do: so tokens go to where products want them, and back, by one gather each
-for all groups of rows.
+for all groups of rows. Where a group is large, its queries are cut into spans, which leave out keys past their end.
 """
 
 from __future__ import annotations
@@ -16,26 +16,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_WIDTH = 64
-"""Longest row, measured with heads of 8 to 64: beyond, the fused kernel's blocks win."""
+_WIDTH, _WIDTH_OF_SMALL = 64, 128
+"""Longest row, and longest with small heads that learn, measured: heads of 16 to 64 gain nothing beyond the first."""
 _FEW_COLUMNS = 12
-"""Columns of a product's right side up to which it is computed transposed, measured."""
+"""Columns of a product's right side up to which it is computed transposed, measured; small heads have no more."""
+_SPAN_IN_WEIGHTS = 2**15
+"""Attention weights that cost as much as one more span of queries, measured."""
 
 
 def is_short(query: Tensor, packing: Any) -> bool:
-    """Whether products win: where a backward follows, and without one for small heads or in reduced precision.
+    """Whether products win for these queries.
 
     Args:
         query: `[1, H, N, D]`.
         packing: The `textenv.packing.Packing` of the rows.
     """
-    pays = query.requires_grad or query.shape[-1] <= _FEW_COLUMNS or is_reduced(query)
-    return pays and products_win(query, packing.width)
+    return products_win(query, query.shape[-1], packing.width, learns=query.requires_grad)
 
 
-def products_win(tensor: Tensor, width: int) -> bool:
-    """Whether they may, with tensors like this one and rows of `width`."""
-    return tensor.device.type == "cpu" and width <= _WIDTH
+def products_win(tensor: Tensor, size: int, width: int, *, learns: bool) -> bool:
+    """Whether they do: where a backward follows, and without one for small heads or in reduced precision.
+
+    Args:
+        tensor: Anything on the device and of the dtype.
+        size: D, of a head.
+        width: Of the longest row.
+        learns: Whether a backward follows.
+    """
+    longest = _WIDTH_OF_SMALL if learns and is_small(size) else _WIDTH
+    pays = learns or is_small(size) or is_reduced(tensor)
+    return pays and tensor.device.type == "cpu" and width <= longest
+
+
+def is_small(size: int) -> bool:
+    """Whether the fused kernel takes long for heads of D = `size`, padding or not."""
+    return size <= _FEW_COLUMNS
 
 
 def is_reduced(tensor: Tensor) -> bool:
@@ -43,45 +58,99 @@ def is_reduced(tensor: Tensor) -> bool:
     return torch.is_autocast_enabled("cpu") or tensor.dtype in (torch.bfloat16, torch.float16)
 
 
+class Span(NamedTuple):
+    """Queries of each row of a group; they attend to keys before `high`."""
+
+    low: int
+    """The first."""
+    high: int
+    """One past the last."""
+
+
 class Layout(NamedTuple):
     """Where the vectors of H heads of queries and K of keys and of values stand, with the model and with the products.
 
     A model has them as `[N, H + 2·K]` and takes outputs as `[N, H]`. Products want them group after group, of each
-    `[n, H, W]` queries, `[n, K, W]` keys, `[n, K, W]` values, and give `[n, H, W]` group after group.
+    `[n, H, high − low]` queries span after span, `[n, K, W]` keys, `[n, K, W]` values, and give outputs as queries are.
     """
 
     taken: Tensor
-    """Of each vector that products want, its place in the model; where there is padding, that of the one before, so
-    that no row holds anything of another."""
+    """Of each vector that products want, its place in the model; where there is padding, that of the row's last token:
+    no row holds anything of another."""
     taken_back: Tensor
     """Of each vector in the model, its place with the products."""
     given: Tensor
     """Of each output that a model takes, its place with the products."""
     given_back: Tensor
     """Of each output of the products, its place in the model; one past the last where there is padding."""
+    heads: int
+    """H."""
+    shared: int
+    """K."""
+    groups: Sequence[tuple[int, int]]
+    """Rows n and width W of each."""
+    spans: Sequence[Sequence[Span]]
+    """Of each group, the last first, which alone sees all keys."""
 
     @classmethod
     def of(cls, packing: Any, heads: int, shared: int) -> Layout:
-        """Of the rows of a `Packing`, with H = `heads` and K = `shared`."""
+        """Of the rows of a `Packing`."""
         firsts, cells = [], 0
-        for rows, width in packing.groups:
+        spans = [_spans(rows * heads, width) for rows, width in packing.groups]
+        for (rows, width), parts in zip(packing.groups, spans, strict=True):
             row, column = np.divmod(np.arange(rows * width), width)
-            query = row * (heads * width) + column
+            low, high = np.empty((2, width), dtype=int)
+            for part in parts:
+                low[part.low : part.high], high[part.low : part.high] = part
+            low, high = low[column], high[column]
+            query = rows * heads * (width - high) + row * (heads * (high - low)) + column - low
             key = (rows * heads + row * shared) * width + column
             vectors = cells * (heads + 2 * shared)  # of the groups before
             of_head_0 = query + vectors, key + vectors, key + (vectors + rows * shared * width), query + cells * heads
-            firsts.append(np.stack([*of_head_0, np.full_like(row, width)]))
+            firsts.append(np.stack([*of_head_0, high - low, np.full_like(row, width)]))
             cells += rows * width
-        query, key, value, out, width = np.concatenate(firsts, axis=1)[:, packing.places.numpy()]
-        head = np.arange(heads)[:, None]
-        taken_back = np.concatenate(
-            [query + head * width, key + head[:shared] * width, value + head[:shared] * width]
-        ).T
-        given = (out + head * width).T
-        taken = _inverse(taken_back, cells * (heads + 2 * shared), nothing=-1)
-        taken = taken[np.maximum.accumulate(np.where(taken < 0, 0, np.arange(len(taken))))]
+        query, key, value, out, span, width = np.concatenate(firsts, axis=1)
+        head, places, vectors = np.arange(heads)[:, None], packing.places.numpy(), np.arange(heads + 2 * shared)
+        where = np.concatenate([query + head * span, key + head[:shared] * width, value + head[:shared] * width]).T
+        tokens = np.maximum.accumulate(_inverse(places, cells, nothing=0))
+        taken = np.empty(where.size, dtype=int)
+        taken[where] = tokens[:, None] * len(vectors) + vectors
+        given = (out + head * span).T[places]
         given_back = _inverse(given, cells * heads, nothing=given.size)
-        return cls(*(torch.from_numpy(table.ravel()) for table in (taken, taken_back, given, given_back)))
+        tables = [torch.from_numpy(table.ravel()) for table in (taken, where[places], given, given_back)]
+        return cls(*tables, heads, shared, packing.groups, spans)  # type: ignore[call-arg]
+
+    def split(self, vectors: Tensor, *, with_keys: bool) -> list[list[Tensor]]:
+        """Views: of each group the queries `[n·K, H/K·(high − low), D]` of its spans, then keys, values `[n·K, W, D]`.
+
+        Heads that share keys are queries of one product.
+        """
+        sizes = [
+            [n * self.heads * (high - low) for low, high in spans] + 2 * with_keys * [n * self.shared * width]
+            for (n, width), spans in zip(self.groups, self.spans, strict=True)
+        ]
+        parts = iter(vectors.split_with_sizes([size for group in sizes for size in group]))
+        return [
+            [next(parts).view(n * self.shared, -1, vectors.shape[-1]) for _ in group]
+            for (n, _), group in zip(self.groups, sizes, strict=True)
+        ]
+
+
+def _spans(rows: int, width: int) -> list[Span]:
+    """Cut queries into spans, each in two for as long as that spares `rows` more weights than a span is worth.
+
+    >>> _spans(128, 55)
+    [Span(low=32, high=55), Span(low=16, high=32), Span(low=0, high=16)]
+    """
+    found, left = [], [Span(0, width)]
+    while left:
+        low, high = left.pop()
+        middle = low + (high - low + 16) // 32 * 16  # whole registers
+        if low < middle < high and rows * (middle - low) * (high - middle) >= _SPAN_IN_WEIGHTS:
+            left += [Span(low, middle), Span(middle, high)]
+        else:
+            found.append(Span(low, high))
+    return found
 
 
 def _inverse(places: np.ndarray, count: int, nothing: int) -> np.ndarray:
@@ -110,7 +179,7 @@ def _without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
 class ShortAttention(torch.autograd.Function):
     """P = softmax(scale · q·Kᵀ + causal), O = P·V within each row, in float32 at least.
 
-    With dP = dO·Vᵀ and dS = P ∘ (dP − Σ P ∘ dP): dV = Pᵀ·dO, dK = scale · dSᵀ·q, dq = scale · dS·K.
+    With dP = scale · dO·Vᵀ and dS = P ∘ (dP − Σ P ∘ dP): dV = Pᵀ·dO, dK = dSᵀ·q, dq = dS·K.
     """
 
     @staticmethod
@@ -120,19 +189,20 @@ class ShortAttention(torch.autograd.Function):
         (tokens, heads, size), shared = query.shape, key.shape[1]
         layout = packing.remembered((heads, shared), lambda: Layout.of(packing, heads, shared))
         full = torch.promote_types(query.dtype, torch.float32)
-        together = torch.cat([query.to(full) * scale, key.to(full), value.to(full)], dim=1)
+        together = torch.cat([query.to(full), key.to(full), value.to(full)], dim=1)
         vectors = together.view(-1, size).index_select(0, layout.taken)
         found = vectors.new_empty(len(layout.given_back), size)
-        blocks = _blocks(vectors, packing.groups, (heads, shared, shared), shared)
-        kept = []
-        for at, out in enumerate(_blocks(found, packing.groups, (heads,), shared)):
-            q, k, v = blocks[3 * at : 3 * at + 3]
-            hidden = _causal(k.shape[1], heads // shared, k.dtype)
-            weights = torch.baddbmm(hidden, q, k.transpose(1, 2)).softmax(-1)
-            _product(weights, v, out)
-            kept += [q, k, v, weights]
+        blocks, outs, kept = layout.split(vectors, with_keys=True), layout.split(found, with_keys=False), []
+        for spans, (*queries, k, v), given in zip(layout.spans, blocks, outs, strict=True):
+            kept += [k, v]
+            for (low, high), q, out in zip(spans, queries, given, strict=True):
+                seen_k, seen_v = _first(high, k, v)
+                hidden = _causal(low, high, heads // shared, k.dtype)
+                weights = torch.baddbmm(hidden, q, seen_k.transpose(1, 2), alpha=scale).softmax(-1)
+                _product(weights, seen_v, out)
+                kept += [q, weights]
         ctx.save_for_backward(*kept)
-        ctx.rest = scale, packing.groups, layout, heads, shared
+        ctx.rest = scale, layout
         return found.index_select(0, layout.given).view(tokens, heads, size).to(value.dtype)
 
     @staticmethod
@@ -146,45 +216,48 @@ class ShortAttention(torch.autograd.Function):
         """
         if torch.is_grad_enabled():
             raise RuntimeError("attention: expected no create_graph, as it has no second derivative; eager has one")
-        scale, groups, layout, heads, shared = ctx.rest
-        kept, (tokens, _, size) = ctx.saved_tensors, gradients[0].shape
+        scale, layout = ctx.rest
+        saved, (tokens, _, size) = ctx.saved_tensors, gradients[0].shape
         # Zeros where the padding is: no query of it adds to keys and values.
-        padding = kept[0].new_zeros(1, size)
+        padding, nothing, kept = saved[0].new_zeros(1, size), saved[0].new_zeros(()), iter(saved)
         outs = torch.cat([gradients[0].reshape(-1, size), padding]).index_select(0, layout.given_back)
         found = outs.new_empty(len(layout.taken), size)
-        wanted = _blocks(found, groups, (heads, shared, shared), shared)
-        for at, d_out in enumerate(_blocks(outs, groups, (heads,), shared)):
-            q, k, v, weights = kept[4 * at : 4 * at + 4]
-            d_query, d_key, d_value = wanted[3 * at : 3 * at + 3]
-            _product(weights.transpose(1, 2), d_out, d_value)
-            d_weights = torch.bmm(d_out, v.transpose(1, 2))
-            d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-            _product(d_scores, k, d_query)
-            _product(d_scores.transpose(1, 2), q, d_key)
+        wanted, d_outs = layout.split(found, with_keys=True), layout.split(outs, with_keys=False)
+        for spans, (*d_queries, d_key, d_value), given in zip(layout.spans, wanted, d_outs, strict=True):
+            k, v = next(kept), next(kept)
+            for (_, high), d_query, d_out in zip(spans, d_queries, given, strict=True):
+                q, weights, more = next(kept), next(kept), high < k.shape[1]
+                seen_k, seen_v, d_seen_k, d_seen_v = _first(high, k, v, d_key, d_value)
+                _product(weights.transpose(1, 2), d_out, d_seen_v, more)
+                d_weights = torch.baddbmm(nothing, d_out, seen_v.transpose(1, 2), beta=0, alpha=scale)
+                d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+                _product(d_scores, seen_k, d_query)
+                _product(d_scores.transpose(1, 2), q, d_seen_k, more)
         found = found.index_select(0, layout.taken_back).view(tokens, -1, size)
-        query, key, value = found.split([heads, shared, shared], dim=1)
-        return query.mul_(scale), key, value, None, None
+        query, key, value = found.split([layout.heads, layout.shared, layout.shared], dim=1)
+        return query, key, value, None, None
 
 
-def _blocks(vectors: Tensor, groups: Sequence[Any], heads: Sequence[int], shared: int) -> list[Tensor]:
-    """Of each group, for each of these numbers of heads, its vectors `[n·K, heads/K·W, D]`, as views.
+def _first(count: int, *tensors: Tensor) -> Sequence[Tensor]:
+    """Of each `[b, W, D]` so many."""
+    return tensors if count == tensors[0].shape[1] else [tensor[:, :count] for tensor in tensors]
 
-    Heads that share keys are queries of one product.
+
+def _product(left: Tensor, right: Tensor, out: Tensor, more: bool = False) -> None:
+    """Write or, if there is `more` than it in `out`, add `[b, M, N]` of `[b, M, K]` and `[b, K, N]`.
+
+    A few columns take up to four times as long as a few rows.
     """
-    parts = vectors.split_with_sizes([n * count * width for n, width in groups for count in heads])
-    batches = [n * shared for n, _ in groups for _ in heads]
-    return [part.view(batch, -1, vectors.shape[-1]) for part, batch in zip(parts, batches, strict=True)]
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """`[b, M, N]` of `[b, M, K]` and `[b, K, N]`: a few columns take up to four times as long as a few rows."""
-    if right.shape[-1] > _FEW_COLUMNS:
-        torch.bmm(left, right, out=out)
+    if right.shape[-1] <= _FEW_COLUMNS:
+        found = torch.bmm(right.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2)
+        out.add_(found) if more else out.copy_(found)
+    elif more:
+        out.add_(torch.bmm(left, right))
     else:
-        out.copy_(torch.bmm(right.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2))
+        torch.bmm(left, right, out=out)
 
 
 @cache
-def _causal(width: int, times: int, dtype: torch.dtype) -> Tensor:
-    """`[times · W, W]`."""
-    return torch.full((width, width), -torch.inf, dtype=dtype).triu_(1).repeat(times, 1)
+def _causal(low: int, high: int, times: int, dtype: torch.dtype) -> Tensor:
+    """`[times · (high − low), high]`."""
+    return torch.full((high - low, high), -torch.inf, dtype=dtype).triu_(1 + low).repeat(times, 1)
