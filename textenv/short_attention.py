@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache, wraps
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -257,7 +257,7 @@ def _product(left: Tensor, right: Tensor, out: Tensor, more: bool = False) -> No
         torch.bmm(left, right, out=out)
 
 
-@cache
+@lru_cache(maxsize=256)  # a mask takes up to half a megabyte
 def _causal(low: int, high: int, times: int, dtype: torch.dtype) -> Tensor:
     """`[times · (high − low), high]`."""
     return torch.full((high - low, high), -torch.inf, dtype=dtype).triu_(1 + low).repeat(times, 1)
