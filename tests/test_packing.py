@@ -164,14 +164,39 @@ def test_nor_does_its_gradient_leave_it(monkeypatch: pytest.MonkeyPatch, wrong: 
         assert gradient[:, :, ~mine].isfinite().all()
 
 
-def test_a_model_without_heads_is_padded() -> None:
+def make_mamba() -> Any:
     from transformers import MambaConfig, MambaForCausalLM
 
-    model = MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1)).double()
-    lengths = [3, 5]
-    ids, pack = rows_of(lengths), Packing.of(torch.tensor(lengths))
-    found = in_rows(packed_hidden(model.base_model, ids, pack), pack, lengths)
-    torch.testing.assert_close(found, alone(model, ids, lengths), rtol=0, atol=1e-12)
+    return MambaForCausalLM(MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1))
+
+
+def make_gemma4() -> Any:
+    """Its configuration raises where it is asked for the size of a head, which differs between layers."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    options: dict[str, Any] = {"head_dim": 8, "global_head_dim": 16, "num_kv_shared_layers": 0}
+    config = Gemma4TextConfig(
+        vocab_size=V,
+        vocab_size_per_layer_input=V,
+        hidden_size=16,
+        hidden_size_per_layer_input=4,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        layer_types=["sliding_attention", "full_attention"],
+        **options,
+    )
+    return Gemma4ForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [make_mamba, make_gemma4])
+def test_a_model_without_heads_or_with_several_kinds_is_read_too(make: Any) -> None:
+    model = make().double().eval()
+    for lengths in ([3, 5], [9, 9], [2, 40]):
+        ids, pack = rows_of(lengths), Packing.of(torch.tensor(lengths))
+        found = in_rows(packed_hidden(model.base_model, ids, pack), pack, lengths)
+        torch.testing.assert_close(found, alone(model, ids, lengths), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("autocast", [True, False])

@@ -166,18 +166,21 @@ def _packed(trunk: Any, tokens: Tensor, packing: Packing) -> Tensor:
 
 
 def _worth_it(trunk: Any, packing: Packing) -> float:
-    weight, size = next(trunk.parameters()), _head_size(trunk.config.get_text_config())
+    weight, small = next(trunk.parameters()), _has_small_heads(trunk.config.get_text_config())
     learns = torch.is_grad_enabled()
-    if not products_win(weight, size, packing.width, learns=learns):
+    if not products_win(weight, packing.width, small=small, learns=learns):
         return _WORTH_IT
     widened = packing.size > 1.2 * packing.rows * packing.width
-    slow = is_small(size) or (learns and is_reduced(weight))  # the fused kernel, with or without padding
+    slow = small or (learns and is_reduced(weight))  # the fused kernel, with or without padding
     return 1.0 if slow and not widened else _WORTH_IT_SHORT
 
 
-def _head_size(config: Any) -> int:
-    heads = getattr(config, "num_attention_heads", None) or 1  # a model without attention has none
-    return getattr(config, "head_dim", None) or config.hidden_size // heads
+def _has_small_heads(config: Any) -> bool:
+    try:
+        return is_small(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    # A model without heads or with another name for them, or layers that differ: transformers raises RuntimeError.
+    except (AttributeError, RuntimeError, TypeError, ZeroDivisionError):
+        return False
 
 
 def _can_pack(trunk: Any, width: int) -> bool:

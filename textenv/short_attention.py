@@ -31,21 +31,20 @@ def is_short(query: Tensor, packing: Any) -> bool:
         query: `[1, H, N, D]`.
         packing: The `textenv.packing.Packing` of the rows.
     """
-    return products_win(query, query.shape[-1], packing.width, learns=query.requires_grad)
+    return products_win(query, packing.width, small=is_small(query.shape[-1]), learns=query.requires_grad)
 
 
-def products_win(tensor: Tensor, size: int, width: int, *, learns: bool) -> bool:
+def products_win(tensor: Tensor, width: int, *, small: bool, learns: bool) -> bool:
     """Whether they do: where a backward follows, and without one for small heads or in reduced precision.
 
     Args:
         tensor: Anything on the device and of the dtype.
-        size: D, of a head.
         width: Of the longest row.
+        small: Whether heads are.
         learns: Whether a backward follows.
     """
-    longest = _WIDTH_OF_SMALL if learns and is_small(size) else _WIDTH
-    pays = learns or is_small(size) or is_reduced(tensor)
-    return pays and tensor.device.type == "cpu" and width <= longest
+    longest = _WIDTH_OF_SMALL if learns and small else _WIDTH
+    return (learns or small or is_reduced(tensor)) and tensor.device.type == "cpu" and width <= longest
 
 
 def is_small(size: int) -> bool:
