@@ -209,7 +209,7 @@ class Agent:
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def save(self, folder: str | Path) -> None:
-        """Write a checkpoint from which `load` goes on bit for bit; a failure leaves the previous one whole.
+        """Write a checkpoint from which `load` goes on, on a CPU bit for bit; a failure leaves the previous one whole.
 
         The folder is also a Hugging Face folder: `AutoModelForCausalLM.from_pretrained(folder)` loads the policy.
         """

@@ -181,9 +181,9 @@ def state_laws(
         ValueError: If the lengths do not fit `ids`.
     """
     slots = Slots(prompt_lengths, response_lengths, ids, False)
-    hidden = packed_hidden(backbone(policy.lm), ids, slots.packing).index_select(0, slots.sources)
+    hidden = packed_hidden(backbone(policy.lm), ids, slots.packing, slots.sources)
     with reference.scope():
-        ref_hidden = packed_hidden(backbone(reference), ids, slots.packing).index_select(0, slots.sources)
+        ref_hidden = packed_hidden(backbone(reference), ids, slots.packing, slots.sources)
     head, ref_head = output_head(policy.lm), output_head(reference)
     chunk = max(1, max_chunk_elements // policy.vocab_size)
     entropies, kls = [hidden.new_zeros(0).float()], [hidden.new_zeros(0).float()]

@@ -191,9 +191,9 @@ class ValueHeadLM(nn.Module):
         logprobs = entropy = values = normalized = torch.zeros(slots.shape, device=input_ids.device)
         bootstrap = logprobs.new_zeros(len(input_ids))
         with_critic, shared = with_values or with_bootstrap, self.critic_backbone is None
-        hidden = at_actions = torch.empty(0)
+        at_actions = at_ends = torch.empty(0)
         if with_logprobs or (with_critic and shared):
-            hidden, at_actions = _read(backbone(self.lm), input_ids, slots)
+            at_actions, at_ends = _read(backbone(self.lm), input_ids, slots, with_bootstrap)
         if with_logprobs:
             targets = input_ids.reshape(-1).index_select(0, slots.targets)
             head = output_head(self.lm)
@@ -201,22 +201,22 @@ class ValueHeadLM(nn.Module):
             logprobs = unpack(packed, slots.where, slots.shape)
             entropy = entropy if entropies is None else unpack(entropies, slots.where, slots.shape)
         if with_critic and self.critic_backbone is not None:
-            hidden, at_actions = _read(self.critic_backbone, input_ids, slots)
+            at_actions, at_ends = _read(self.critic_backbone, input_ids, slots, with_bootstrap)
         elif with_critic and trunk_value_coef != 1.0:
-            hidden, at_actions = (scale_gradient(states, trunk_value_coef) for states in (hidden, at_actions))
+            at_actions, at_ends = (scale_gradient(states, trunk_value_coef) for states in (at_actions, at_ends))
         if with_values:
             packed = self.value_head(at_actions)
             normalized = unpack(packed, slots.where, slots.shape)
             values = unpack(self.value_head.denormalize(packed), slots.where, slots.shape)
         if with_bootstrap:
-            bootstrap = self.value_head.denormalize(self.value_head(hidden.index_select(0, slots.last)))
+            bootstrap = self.value_head.denormalize(self.value_head(at_ends))
         return Evaluation(logprobs, values, normalized, entropy, bootstrap)
 
     def final_values(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Value `[B]` of the state after each row's last token; `input_ids` `[B, L]` right-padded, `lengths` `[B]`."""
         trunk = self.critic_backbone if self.critic_backbone is not None else backbone(self.lm)
         slots = Slots(lengths, torch.zeros_like(lengths), input_ids, True)
-        hidden = packed_hidden(trunk, input_ids, slots.packing).index_select(0, slots.last)
+        hidden = packed_hidden(trunk, input_ids, slots.packing, slots.last)
         return self.value_head.denormalize(self.value_head(hidden))
 
     def rescale_values(self, mean: float, std: float, *, preserve: bool = True) -> None:
@@ -248,10 +248,11 @@ class ValueHeadLM(nn.Module):
         save_policy_files(self.lm, critic, Path(folder), tokenizer)
 
 
-def _read(trunk: nn.Module, input_ids: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-    """Final hidden states of all tokens that are forwarded, packed, and of those before an action."""
-    hidden = packed_hidden(trunk, input_ids, slots.packing)
-    return hidden, hidden.index_select(0, slots.sources)
+def _read(trunk: nn.Module, input_ids: Tensor, slots: Slots, with_ends: bool) -> tuple[Tensor, Tensor]:
+    """Final hidden states of the tokens before each action, and of each row's last token, if they are asked for."""
+    at = torch.cat([slots.sources, slots.last]) if with_ends else slots.sources
+    actions, ends = packed_hidden(trunk, input_ids, slots.packing, at).tensor_split([len(slots.sources)])
+    return actions, ends
 
 
 def _enable_checkpointing(*models: Any) -> None:

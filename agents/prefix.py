@@ -5,7 +5,7 @@ with repetitions. `PrefixNetwork` answers them with the numbers of a plain forwa
 
 - while acting (gradients off), a row that extends a row of the call before by one token costs one token;
 - while learning (gradients on), a batch is forwarded as its distinct longest rows, since in a causal model those
-  contain every prefix.
+  contain every prefix, and what these begin with alike is computed once.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class PrefixNetwork(nn.Module):
         temperature: Of the policy's law softmax(logits / temperature).
         cache: Whether acting keeps keys and values; False forwards whole rows, and keeps nothing without gradients, as
             a target network must whose weights are written through `p.data`.
-        share: Whether a batch is forwarded as its distinct longest rows; False forwards each row.
+        share: Whether a batch is forwarded as its distinct longest rows, and their common beginnings once; False
+            forwards each row.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class PrefixNetwork(nn.Module):
             policy: A value-headed language model.
             temperature: The environment's; logits are divided by it.
             cache: Whether acting keeps keys and values.
-            share: Whether a batch is forwarded as its distinct longest rows.
+            share: Whether a batch is forwarded as its distinct longest rows, and their common beginnings once.
 
         Raises:
             ValueError: If `temperature` is not positive.
@@ -216,7 +217,7 @@ class _Trunk:
                 states = distinct_prefixes(states.ids, states.at)
         if self._last is None or not self._last.serves(states):
             self._last = None  # free it before the next takes its place
-            last = _Last(model, states)
+            last = _Last(model, states, share)
             if not (learning or cache):
                 return last.at(states)  # without a cache nothing is kept between forwards without gradients
             self._last = last
@@ -244,9 +245,9 @@ class _Trunk:
 class _Last:
     """The last forward of whole rows: what the actor, the critic and the states one token on all read."""
 
-    def __init__(self, model: Any, states: Prefixes) -> None:
+    def __init__(self, model: Any, states: Prefixes, share: bool) -> None:
         self.ids, self.lengths = states.ids, states.lengths
-        packing = Packing.of(states.lengths)
+        packing = Packing.of(states.lengths, states.ids if share else None)
         self.starts = packing.starts
         self.flat = packed_hidden(backbone(model), states.ids, packing)
         self.graph = torch.is_grad_enabled()

@@ -37,7 +37,7 @@ class Slots:
         self.shape = (rows, longest)
         starts, counts = prompt_lengths.to(device), response_lengths.to(device)
         # The last token is predicted, never read, unless the value after it is asked for.
-        self.packing = Packing.of(starts + counts if whole else (starts + counts - 1).clamp(min=1))
+        self.packing = Packing.of(starts + counts if whole else (starts + counts - 1).clamp(min=1), input_ids)
         steps = torch.arange(longest, device=device)
         self.where = (steps[None, :] < counts[:, None]).reshape(-1).nonzero().squeeze(1)
         row = torch.arange(rows, device=device)[:, None]

@@ -66,12 +66,15 @@ def targets(rollout: Rollout, algorithm: Algorithm, config: TrainConfig) -> Targ
 def minibatches(episodes: int, config: TrainConfig, seed: int) -> Iterator[Tensor]:
     """Row indices of each optimizer step, reshuffled every epoch.
 
+    Ascending, so that episodes of one prompt, which a microbatch computes once, tend to be in one.
+
     >>> [rows.tolist() for rows in minibatches(3, TrainConfig(epochs=1, minibatches=2), seed=0)]
-    [[2, 0], [1]]
+    [[0, 2], [1]]
     """
     generator = torch.Generator().manual_seed(seed)
     for _ in range(config.epochs):
-        yield from torch.randperm(episodes, generator=generator).tensor_split(min(config.minibatches, episodes))
+        shuffled = torch.randperm(episodes, generator=generator)
+        yield from (rows.sort().values for rows in shuffled.tensor_split(min(config.minibatches, episodes)))
 
 
 def optimizer_steps(

@@ -36,6 +36,11 @@ def even_share(prompt: Sequence[int], response: Sequence[int]) -> float:
     return sum(token % 2 == 0 for token in response) / len(response)
 
 
+def distinct_tokens(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens a causal model must read of rows that begin alike: one for each prefix that there is."""
+    return len({tuple(row[: n + 1]) for row in rows for n in range(len(row))})
+
+
 def make_env(
     reference: Any = None, score: Callable[..., float] = even_share, scale: float = 1.0, **options: Any
 ) -> TextVectorEnv:

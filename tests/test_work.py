@@ -13,9 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from agents.agent import _seed
 from agents.prefix import PrefixNetwork
 from agents.sampling import TransformersSampler
-from tests.agent_fixtures import PROMPTS, make_agent, make_env, make_policy, small_config
+from agents.update import minibatches
+from tests.agent_fixtures import PROMPTS, distinct_tokens, make_agent, make_env, make_policy, small_config
 from tests.conftest import V, make_llama
 from textenv.packing import Packing, packed_hidden
 from textenv.row_cache import RowDecoder
@@ -63,8 +65,12 @@ def test_tokens_of_an_iteration(ragged: bool) -> None:
         rollout = agent.collect()
         collected = list(ours)
         agent.update(rollout)
-    prompts, responses = int(rollout.prompt_lengths.sum()), int(rollout.response_lengths.sum())
-    whole = prompts + responses - ROWS  # the last token of a row is predicted, never read
+    responses = int(rollout.response_lengths.sum())
+    # The last token of a row is predicted, never read.
+    ends = (rollout.prompt_lengths + rollout.response_lengths - 1).tolist()
+    rows = [row[:n].tolist() for row, n in zip(rollout.ids, ends, strict=True)]
+    batches = minibatches(ROWS, agent.config, _seed(agent.config.seed, 0, 1))
+    once = [distinct_tokens([rows[place] for place in batch]) for batch in batches]
     distinct = len({tuple(row[:n].tolist()) for row, n in zip(rollout.ids, rollout.prompt_lengths, strict=True)})
     longest = int(rollout.prompt_lengths.max())
     parts = ROWS // agent.config.forward_episodes
@@ -73,25 +79,26 @@ def test_tokens_of_an_iteration(ragged: bool) -> None:
     assert sampling[0] <= (distinct if 2 * distinct <= ROWS else ROWS) * longest
     assert len(sampling) <= STEPS
     assert sum(sampling[1:]) <= (responses - ROWS) / 0.75 + STEPS if ragged else sum(sampling[1:]) == ROWS * (STEPS - 1)
-    if ragged:
-        # A tenth of padding is cheaper than leaving it out.
-        assert evaluating <= whole / 0.9 and sum(theirs) <= whole / 0.9
-        assert sum(ours[len(collected) :]) <= 3 * whole / 0.9
-    else:
-        assert evaluating == whole and theirs == [whole]
-        assert sum(ours[len(collected) :]) == 3 * whole
+    # Where rows begin alike, that is read once.
+    size = agent.config.forward_episodes
+    assert evaluating == sum(distinct_tokens(rows[first : first + size]) for first in range(0, ROWS, size)) < sum(ends)
+    assert theirs == [distinct_tokens(rows)]
+    assert ours[len(collected) :] == once
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_products_of_an_update_are_the_bare_model_s(critic: str) -> None:
-    """Forward and backward of each minibatch, the head at responses alone: nothing is computed twice."""
+    """Forward and backward of each minibatch, the head at responses alone: nothing is computed twice, nor what rows
+    begin with."""
     agent = make_agent(small_config(epochs=1), critic=critic, stop_token_ids=[], prompts=[[5, 6, 7]])
     rollout = agent.collect()
     agent.update(rollout)  # the first looks at the model: can it be packed?
     with FlopCounterMode(display=False) as counter:
         agent.update(rollout)
     config = agent.policy.config
-    tokens, acted = ROWS * (3 + STEPS - 1), ROWS * STEPS
+    rows = rollout.ids[:, :-1].tolist()
+    batches = minibatches(ROWS, agent.config, _seed(agent.config.seed, 1, 1))
+    tokens, acted = sum(distinct_tokens([rows[place] for place in batch]) for batch in batches), ROWS * STEPS
     width, inner, keys = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     layer = 2 * width * width + 2 * width * keys + 3 * width * inner
     trunk = 3 * 2 * tokens * config.num_hidden_layers * layer
@@ -141,7 +148,7 @@ def test_a_step_is_a_token_of_each_row(credit: str) -> None:
             logits = network.next_logits(observation["input_ids"], observation["attention_mask"])
             observation, *_ = envs.step(logits.argmax(1))
     assert ours == [3, *[4] * (STEPS - 1)]  # one prompt for all four
-    whole = 4 * (3 + STEPS - 1)
+    whole = 3 + STEPS - 1  # of all four, which are the same
     begin = 4 * 2  # all of the prompt but its last token, again at the end
     assert theirs == ([begin, *[4] * STEPS, begin] if credit == "token" else [whole])
 

@@ -135,16 +135,16 @@ def attend_packed(
     packing: Any,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each of B rows whose N tokens stand in one, row after row.
+    """Causal attention within each of B rows whose tokens stand in one, row after row, what rows begin with alike once.
 
-    All else in the layer is computed of N tokens; here they are laid out as padded rows, those of similar lengths
+    All else in the layer is computed of these M tokens; here they are laid out as padded rows, those of similar lengths
     together, for the fused kernel, or for plain products where those are faster.
 
     Args:
         module: The attention layer.
-        query: `[1, H, N, D]`.
-        key: `[1, K, N, D]`, H a multiple of K.
-        value: `[1, K, N, D]`.
+        query: `[1, H, M, D]`.
+        key: `[1, K, M, D]`, H a multiple of K.
+        value: `[1, K, M, D]`.
         attention_mask: That of the packing, a placeholder: rows and causality are the mask.
         dropout: Share of the weights.
         scaling: Of the scores; None: D^-½.
@@ -152,7 +152,7 @@ def attend_packed(
         **others: As "sdpa" takes them.
 
     Returns:
-        `[1, N, H, D]`, and None for the weights.
+        `[1, M, H, D]`, and None for the weights.
 
     Raises:
         NotImplementedError: If more is asked for.
@@ -162,11 +162,12 @@ def attend_packed(
         raise NotImplementedError("attention: expected plain causal attention, got one with biases, sinks or two sizes")
     if not dropout and is_short(query, packing):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        # Not [0], whose gradient is copied into zeros, and in another order.
+        rows = [tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)]
         return ShortAttention.apply(*rows, scale, packing)[None], None
     heads, shared = [query.shape[1], key.shape[1], value.shape[1]], query.shape[1] != key.shape[1]
     # Queries, keys and values together, and all groups by one split: every operation has its price, twice in backward.
-    tokens = torch.cat([tensor[0].transpose(0, 1) for tensor in (query, key, value)], dim=1)
+    tokens = torch.cat([tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value)], dim=1)
     found = []
     for cells in packing.split(packing.padded(tokens)):
         padded = cells.transpose(1, 2).split(heads, dim=1)

@@ -12,11 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from textenv.attention import can_attend, plain_attention
+from textenv.prefixes import stand_ins
 from textenv.short_attention import is_reduced, is_small, products_win
 
 _WORTH_IT, _WORTH_IT_SHORT = 0.9, 0.95
-"""Share of tokens among the cells of the batch up to which padding is left out: laying out has a price too, which short
-rows that learn win back by their attention."""
+"""Share of the cells of the batch that must be computed, up to which the others are left out: laying out has a price
+too, which short rows that learn win back by their attention."""
+
+_WORTH_SHARING = 0.97
+"""Share of distinct tokens up to which those that rows have in common are computed once: what that takes is a hundredth
+of an update of short rows."""
 
 _CALL_IN_CELLS = {"cpu": 2**10, "cuda": 2**22}
 """Cells of attention (queries × keys of a row) that cost as much as one more call of the kernel, about: measured on a
@@ -40,7 +45,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Packing:
-    """N tokens of B rows, row after row, the shortest row first."""
+    """N tokens of B rows, row after row, the shortest row first; M of them are computed."""
 
     rows: int
     """B."""
@@ -58,18 +63,32 @@ class Packing:
     """What attention computes together."""
     mask: Tensor
     """`[1, 1, 1, 1]`: what a model hands on unread, as a mask that somebody has prepared."""
+    distinct: Tensor | None = None
+    """`[M]` int64: which of the N tokens are computed, one for all that follow the same prefix; None: all of them."""
+    same_as: Tensor | None = None
+    """`[N]` int64: which of the M each token is."""
+    ids: Tensor | None = field(default=None, repr=False)
+    """The batch whose rows begin alike; None: any."""
     made: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What layers made for it, to be made once."""
 
     @classmethod
-    def of(cls, lengths: Tensor) -> Packing:
+    def of(cls, lengths: Tensor, ids: Tensor | None = None) -> Packing:
         """Of rows of so many tokens, `[B]`, each at least 1.
+
+        Args:
+            lengths: `[B]`.
+            ids: `[B, L]` or wider, right-padded with anything: what will be computed. Where rows begin alike, as
+                prompts of one group or behind one instruction do, their tokens are computed once. None: each is.
 
         >>> packing = Packing.of(torch.tensor([3, 2]))
         >>> packing.cells.tolist(), packing.positions.tolist(), packing.starts.tolist()
         ([3, 4, 0, 1, 2], [0, 1, 0, 1, 2], [2, 0])
+        >>> packing = Packing.of(torch.tensor([3, 2]), torch.tensor([[7, 8, 9], [7, 5, 0]]))
+        >>> packing.distinct.tolist(), packing.same_as.tolist()
+        ([0, 1, 3, 4], [0, 1, 0, 2, 3])
         """
-        counts = lengths.cpu().numpy()
+        counts = lengths.cpu().numpy().astype(np.int64)
         order = np.argsort(counts, kind="stable")
         sizes, width = counts[order], int(counts.max())
         ends = np.cumsum(sizes)
@@ -87,9 +106,14 @@ class Packing:
         cells = order[rank] * width + positions
         begins = np.cumsum([0] + [wide for rows, wide in groups for _ in range(rows)])
         places = begins[rank] + positions
+        shared = None if ids is None else _shared(ids[:, :width].cpu().numpy(), counts, order[rank], positions)
         mask = torch.zeros(1, 1, 1, 1, device=lengths.device)
         cells, positions, starts, places = (on_device(table) for table in (cells, positions, starts, places))
-        return cls(len(counts), width, cells, positions, starts, places, groups, mask)
+        packing = cls(len(counts), width, cells, positions, starts, places, groups, mask)
+        if shared is None:
+            return packing
+        distinct, same_as = map(on_device, shared)
+        return replace(packing, distinct=distinct, same_as=same_as, ids=ids)
 
     @property
     def size(self) -> int:
@@ -102,8 +126,22 @@ class Packing:
             self.made[name] = make()
         return self.made[name]
 
-    def padded(self, tokens: Tensor) -> Tensor:
-        """Tokens `[N, …]` at their places among the cells of all groups, `[Σ n·W, …]`, and zeros between."""
+    @property
+    def count(self) -> int:
+        """M."""
+        return len(self.cells if self.distinct is None else self.distinct)
+
+    def once(self, tokens: Tensor) -> Tensor:
+        """Of the tokens `[N, …]` the `[M, …]` that are computed."""
+        return tokens if self.distinct is None else tokens.index_select(0, self.distinct)
+
+    def everywhere(self, computed: Tensor) -> Tensor:
+        """Of `[M, …]` that were computed what each token is, `[N, …]`."""
+        return computed if self.same_as is None else computed.index_select(0, self.same_as)
+
+    def padded(self, computed: Tensor) -> Tensor:
+        """`[M, …]` at their places among the cells of all groups, `[Σ n·W, …]`, and zeros between."""
+        tokens = self.everywhere(computed)
         return tokens.new_zeros(self.size, *tokens.shape[1:]).index_copy_(0, self.places, tokens)
 
     def split(self, cells: Tensor) -> list[Tensor]:
@@ -112,12 +150,12 @@ class Packing:
         return [part.view(*group, *part.shape[1:]) for group, part in zip(self.groups, parts, strict=True)]
 
     def unpadded(self, cells: Tensor) -> Tensor:
-        """The tokens `[N, …]` of the cells of all groups."""
-        return cells.index_select(0, self.places)
+        """What was computed, `[M, …]`, of the cells of all groups."""
+        return cells.index_select(0, self.remembered("once", lambda: self.once(self.places)))
 
 
 def _alike(sizes: np.ndarray, call: int) -> list[tuple[int, int]]:
-    """Cut ascending lengths into spans, each in two for as long as that spares more cells than a call is worth.
+    """Cut ascending lengths into spans, each in two where that spares most cells, while those are worth a call.
 
     >>> _alike(np.array([10, 12, 100, 100]), 2000)
     [(0, 2), (2, 4)]
@@ -125,44 +163,78 @@ def _alike(sizes: np.ndarray, call: int) -> list[tuple[int, int]]:
     spans, left = [], [(0, len(sizes))]
     while left:
         low, high = left.pop()
-        middle = (low + high) // 2
-        spared = (middle - low) * (int(sizes[high - 1]) ** 2 - int(sizes[middle - 1]) ** 2)
-        if middle > low and spared > call:
-            left += [(middle, high), (low, middle)]
+        cells = sizes[low:high] ** 2
+        spared = np.arange(high - low) * (cells[-1] - np.roll(cells, 1))  # by a cut before each row
+        cut = low + int(spared.argmax())
+        if spared[cut - low] > call:
+            left += [(cut, high), (low, cut)]
         else:
             spans.append((low, high))
     return spans
 
 
-def packed_hidden(trunk: Any, input_ids: Tensor, packing: Packing) -> Tensor:
+def _shared(
+    ids: np.ndarray, counts: np.ndarray, rows: np.ndarray, places: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Of tokens at these `rows` and `places` `[N]` which are computed, `[M]`, and which of those each is, `[N]`.
+
+    None, where that would spare too few.
+    """
+    owners = stand_ins(ids, counts)[rows, places]
+    distinct = (owners == rows).nonzero()[0]
+    if len(distinct) > _WORTH_SHARING * len(rows):
+        return None
+    numbers = np.empty(ids.shape, dtype=np.int64)
+    numbers[rows[distinct], places[distinct]] = np.arange(len(distinct))
+    return distinct, numbers[owners, places]
+
+
+def packed_hidden(trunk: Any, input_ids: Tensor, packing: Packing, at: Tensor | None = None) -> Tensor:
     """Final hidden states of the tokens, `[N, H]`, each as in a forward of its row alone.
 
     Nothing is masked: in a causal model no token sees the padding on its right, positions count from 0, and attention
-    keeps its fast path. Where much of the batch is padding and the model allows it, all but attention is computed of
-    the N tokens alone.
+    keeps its fast path. Where much of the batch is padding, or what rows begin with alike, and the model allows it,
+    all but attention is computed of the M distinct tokens alone.
 
     Args:
         trunk: A transformers model without its head.
         input_ids: `[B, L]` or wider, right-padded with anything.
-        packing: Of the rows' lengths.
+        packing: Of the rows' lengths, and of these ids or none.
+        at: Which of the N tokens are asked for, `[n]`; None: all.
+
+    Returns:
+        `[N, H]`, or `[n, H]` of those asked for.
+
+    Raises:
+        ValueError: If the packing is one of other ids.
     """
+    if packing.ids is not None and packing.ids is not input_ids:
+        raise ValueError("packing: expected one of these ids or of lengths alone, got one of another batch")
     cells = input_ids[:, : packing.width].reshape(-1)
     tokens = cells.index_select(0, packing.cells)
-    if len(tokens) <= _worth_it(trunk, packing) * len(cells) and _can_pack(trunk, packing.width):
-        return _packed(trunk, tokens, packing)
+    if packing.count <= _worth_it(trunk, packing) * len(cells) and _can_pack(trunk, packing.width):
+        return _picked(_packed(trunk, packing.once(tokens), packing), packing.same_as, at)
     padded = cells.new_zeros(len(cells)).index_copy(0, packing.cells, tokens)  # no padding id is special
     hidden = trunk(input_ids=padded.view(packing.rows, packing.width), use_cache=False).last_hidden_state.flatten(0, 1)
-    return hidden if len(tokens) == len(cells) else hidden.index_select(0, packing.cells)
+    return _picked(hidden, packing.cells if len(tokens) < len(cells) else None, at)
+
+
+def _picked(states: Tensor, places: Tensor | None, at: Tensor | None) -> Tensor:
+    """Of the tokens whose states are at these `places` (None: where they are), those asked for (None: all)."""
+    if places is None or at is None:
+        wanted = at if places is None else places
+        return states if wanted is None else states.index_select(0, wanted)
+    return states.index_select(0, places.index_select(0, at))
 
 
 def _packed(trunk: Any, tokens: Tensor, packing: Packing) -> Tensor:
     return trunk(
         input_ids=tokens[None],
         attention_mask=packing.mask,
-        position_ids=packing.positions[None],
+        position_ids=packing.once(packing.positions)[None],
         use_cache=False,
         packing=packing,
-    ).last_hidden_state[0]
+    ).last_hidden_state.squeeze(0)
 
 
 def _worth_it(trunk: Any, packing: Packing) -> float:

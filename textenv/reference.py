@@ -59,10 +59,10 @@ class Reference:
         result = torch.zeros(len(ids), len(steps), device=ids.device)
         row, step = (steps < response_lengths[:, None]).nonzero(as_tuple=True)
         place = prompt_lengths[row] + step
-        packing = Packing.of((prompt_lengths + response_lengths - 1).clamp(min=1))  # the last token is not read
+        packing = Packing.of((prompt_lengths + response_lengths - 1).clamp(min=1), ids)  # the last token is not read
         head = output_head(self.model)
         with self.model.scope():
-            hidden = packed_hidden(backbone(self.model), ids, packing)[packing.starts[row] + place - 1]
+            hidden = packed_hidden(backbone(self.model), ids, packing, packing.starts[row] + place - 1)
             targets = ids[row, place]
             if allowed is None:
                 result[row, step] = packed_logprobs(hidden, head, targets, self.temperature)[0]

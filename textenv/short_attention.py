@@ -28,7 +28,7 @@ def is_short(query: Tensor, packing: Any) -> bool:
     """Whether products win for these queries.
 
     Args:
-        query: `[1, H, N, D]`.
+        query: `[1, H, M, D]`.
         packing: The `textenv.packing.Packing` of the rows.
     """
     return products_win(query, packing.width, small=is_small(query.shape[-1]), learns=query.requires_grad)
@@ -69,19 +69,25 @@ class Span(NamedTuple):
 class Layout(NamedTuple):
     """Where the vectors of H heads of queries and K of keys and of values stand, with the model and with the products.
 
-    A model has them as `[N, H + 2·K]` and takes outputs as `[N, H]`. Products want them group after group, of each
+    A model has them as `[M, H + 2·K]` and takes outputs as `[M, H]`. Products want them group after group, of each
     `[n, H, high − low]` queries span after span, `[n, K, W]` keys, `[n, K, W]` values, and give outputs as queries are.
     """
 
     taken: Tensor
-    """Of each vector that products want, its place in the model; where there is padding, that of the row's last token:
-    no row holds anything of another."""
+    """Of each vector that products want, its place in the model; where there is padding, that of the row's last token,
+    so that no row holds anything of another."""
     taken_back: Tensor
     """Of each vector in the model, its place with the products."""
     given: Tensor
     """Of each output that a model takes, its place with the products."""
     given_back: Tensor
-    """Of each output of the products, its place in the model; one past the last where there is padding."""
+    """Of each output of the products, its place in the model; one past the last where there is padding, or
+    the output of another row is taken."""
+    again: Tensor
+    """Of each key and value that a row has in common with another one, whose own is in `taken_back`, its place with the
+    products."""
+    again_for: Tensor
+    """Of each such token, which of the model's it is."""
     heads: int
     """H."""
     shared: int
@@ -112,11 +118,17 @@ class Layout(NamedTuple):
         head, places, vectors = np.arange(heads)[:, None], packing.places.numpy(), np.arange(heads + 2 * shared)
         where = np.concatenate([query + head * span, key + head[:shared] * width, value + head[:shared] * width]).T
         tokens = np.maximum.accumulate(_inverse(places, cells, nothing=0))
+        own, again, again_for = places, np.empty((0, 2 * shared), dtype=int), np.empty(0, dtype=int)
+        if packing.distinct is not None:
+            distinct, same_as = packing.distinct.numpy(), packing.same_as.numpy()
+            own, others = places[distinct], np.delete(np.arange(len(places)), distinct)
+            tokens, again, again_for = same_as[tokens], where[places[others], heads:], same_as[others]
         taken = np.empty(where.size, dtype=int)
         taken[where] = tokens[:, None] * len(vectors) + vectors
-        given = (out + head * span).T[places]
+        given = (out + head * span).T[own]
         given_back = _inverse(given, cells * heads, nothing=given.size)
-        tables = [torch.from_numpy(table.ravel()) for table in (taken, where[places], given, given_back)]
+        found = taken, where[own], given, given_back, again, again_for
+        tables = [torch.from_numpy(table.ravel()) for table in found]
         return cls(*tables, heads, shared, packing.groups, spans)  # type: ignore[call-arg]
 
     def split(self, vectors: Tensor, *, with_keys: bool) -> list[list[Tensor]]:
@@ -184,7 +196,7 @@ class ShortAttention(torch.autograd.Function):
     @staticmethod
     @_without_autocast
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, packing: Any) -> Tensor:
-        """`[N, H, D]` of query `[N, H, D]` and key and value `[N, K, D]`; of the rows of a `Packing`."""
+        """`[M, H, D]` of query `[M, H, D]` and key and value `[M, K, D]`; of the rows of a `Packing`."""
         (tokens, heads, size), shared = query.shape, key.shape[1]
         layout = packing.remembered((heads, shared), lambda: Layout.of(packing, heads, shared))
         full = torch.promote_types(query.dtype, torch.float32)
@@ -207,7 +219,7 @@ class ShortAttention(torch.autograd.Function):
     @staticmethod
     @_without_autocast
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Of `[N, H, D]`.
+        """Of `[M, H, D]`.
 
         Raises:
             RuntimeError: If it is to be differentiated itself. PyTorch's `once_differentiable` would not raise where
@@ -232,8 +244,11 @@ class ShortAttention(torch.autograd.Function):
                 d_scores = torch.ops.aten._softmax_backward_data(d_weights, weights, -1, weights.dtype)
                 _product(d_scores, seen_k, d_query)
                 _product(d_scores.transpose(1, 2), q, d_seen_k, more)
-        found = found.index_select(0, layout.taken_back).view(tokens, -1, size)
-        query, key, value = found.split([layout.heads, layout.shared, layout.shared], dim=1)
+        vectors = found.index_select(0, layout.taken_back).view(tokens, -1, size)
+        if len(layout.again):
+            more = found.index_select(0, layout.again).view(len(layout.again_for), -1, size)
+            vectors[:, layout.heads :].index_add_(0, layout.again_for, more)
+        query, key, value = vectors.split([layout.heads, layout.shared, layout.shared], dim=1)
         return query, key, value, None, None
 
 

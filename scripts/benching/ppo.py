@@ -51,8 +51,8 @@ epochs of {minibatches} minibatches), prompts of {prompt} tokens, float32. "TRL"
 trains a critic of its own, so "separate" is its match. "no gc": its own two calls of `gc.collect()` an iteration do
 nothing. "floor" is what the models' own forwards and backwards cost with nothing around them: bare decoding of the
 same tokens (by the decoder of this project), a reference forward, a value forward, and each minibatch's forward,
-backward and fused Adam step. It is no
-bound of the possible where responses are ragged: it pads them. "compiled" has its trunk compiled for learning.
+backward and fused Adam step. It is no bound of the possible where responses are ragged or prompts begin alike: it
+pads them, and computes each row whole. "compiled" has its trunk compiled for learning.
 "sampler's log-probs" is `old_logprobs="sampler"`: the log-probs before the update are those that generation told, as
 TRL's are; by default the native agent forwards its policy over them once more, to hold the sampler against it.
 

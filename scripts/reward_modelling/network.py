@@ -44,9 +44,8 @@ class Scorer(nn.Module):
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Scores `[B]` of rows `[B, L]`."""
-        packing = Packing.of(lengths)
-        hidden = packed_hidden(self.classifier.base_model, input_ids, packing)
-        last = hidden[packing.starts + lengths - 1]
+        packing = Packing.of(lengths, input_ids)
+        last = packed_hidden(self.classifier.base_model, input_ids, packing, packing.starts + lengths - 1)
         head = self.classifier.score
         with torch.autocast(last.device.type, enabled=False):
             bias = None if head.bias is None else head.bias.float()
