@@ -11,7 +11,7 @@ def stand_ins(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     Sorted, rows that begin alike stand side by side; each hands on those tokens that it has in common with the next.
 
     Args:
-        ids: `[B, L]` integers, right-padded with anything.
+        ids: `[B, L]` integers, none negative, right-padded with anything.
         lengths: `[B]`, at most L.
 
     Returns:
@@ -22,12 +22,12 @@ def stand_ins(ids: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """
     count, width = ids.shape
     places = np.arange(width)
+    # -1 is no token: a row that has ended is like none that goes on.
     known = np.where(places < lengths[:, None], ids, -1).astype(np.int32)
     order = np.argsort(known.view(f"V{known.itemsize * width}").ravel(), kind="stable")
-    known, lengths = known[order], lengths[order]
-    alike = (known[1:] == known[:-1]) & (places < np.minimum(lengths[1:], lengths[:-1])[:, None])
+    known = known[order]
     common = np.zeros(count, dtype=np.int64)
-    common[1:] = np.logical_and.accumulate(alike, axis=1).sum(1)
+    common[1:] = np.logical_and.accumulate(known[1:] == known[:-1], axis=1).sum(1)
     begins = np.where(places >= common[:, None], np.arange(count)[:, None], 0)
     found = np.empty_like(begins)
     found[order] = order[np.maximum.accumulate(begins, axis=0)]
