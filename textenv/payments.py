@@ -102,12 +102,13 @@ class Payments:
         sequence = self.task.options.kl_credit == "sequence"
         if sequence and not bool(ended.any()):
             return zeros, zeros, zeros
-        refs, logprobs = self.history["ref_logprob"][rows], self.history["logprob"][rows]
+        told = rows if sequence else (rows, steps)
+        refs, logprobs = self.history["ref_logprob"][told], self.history["logprob"][told]
         charges = kl.token_charges(logprobs, refs, kl_coef=self.task.kl_coef, kl_source=self.task.kl_source)
-        ref = refs.gather(1, steps[:, None])[:, 0]
+        ref = refs.gather(1, steps[:, None])[:, 0] if sequence else refs
         known = zeros if answers.logprobs is None else answers.logprobs - ref
         if not sequence:
-            return ref, known, charges.gather(1, steps[:, None])[:, 0]
+            return ref, known, charges
         # The reference speaks at the end. Both histories are 0 past it, so the sum is that of the response.
         due = ended.float()
         return ref * due, known * due, charges.sum(1) * due
